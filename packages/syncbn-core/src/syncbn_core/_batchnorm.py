@@ -1,0 +1,304 @@
+"""The layers."""
+
+import copy
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import _kernels, _statistics
+from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
+from ._nodes import Apply, Gather, Merge
+from ._replication import Message, Replication, ReplicationContext
+from ._statistics import merge_statistics, samples_per_channel
+
+
+class _Scope(enum.Enum):
+    THIS_PROCESS = "the replicas of this process"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+THIS_PROCESS = _Scope.THIS_PROCESS
+"""As a layer's ``process_group``: synchronize over the replicas of this process alone."""
+
+
+class _SynchronizedBatchNorm(_BatchNorm):
+    """What the synchronized layers have in common, with the override points of a fork.
+
+    Every attribute beyond those of ``nn.BatchNorm*d`` has a default here, so that an ``nn.BatchNorm2d`` becomes a
+    ``SynchronizedBatchNorm2d`` by a change of its class alone.
+    """
+
+    process_group: Any = None
+    eps_mode: EpsMode | None = None
+    fused: bool = True
+
+    _dims: tuple[int, ...] = (2, 3, 4, 5)
+    _layer_name: str | None = None
+    _replication: Replication | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        *,
+        eps_mode: EpsMode | None = None,
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(f"expected num_features of at least 1, got {num_features}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.eps_mode = None if eps_mode is None else check_eps_mode(eps_mode)
+        self.fused = fused
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input``, ``(N, C, *)``; in training by the statistics of all replicas' batches."""
+        self._check_input(input)
+        synchronizes = self.training and self._replication is not None
+        of_batch = self.training or self.running_mean is None
+        clamps = resolve_eps_mode(self.eps_mode) == "clamp"
+        if not synchronizes and not clamps and (input.numel() or not of_batch):
+            return super().forward(input)
+        if not of_batch:
+            return self._forward_running(input)
+        return self._forward_fused(input) if self.fused else self._forward_composite(input)
+
+    def _forward_running(self, input: Tensor) -> Tensor:
+        """Evaluation in eps mode "clamp", by the running statistics."""
+        var = self.running_var.clamp(min=self.eps)  # type: ignore[union-attr]
+        return nn.functional.batch_norm(input, self.running_mean, var, self.weight, self.bias, eps=0.0)
+
+    def _forward_fused(self, input: Tensor) -> Tensor:
+        name = self._where()
+        if input.requires_grad and torch.is_grad_enabled():
+            x, statistics = Gather.apply(input, name)
+        else:
+            x, statistics = input, _kernels.local_statistics(input)
+        mean_invstd = self._agree(x, statistics)
+        y: Tensor = Apply.apply(x, mean_invstd, self.weight, self.bias, name)
+        return y
+
+    def _forward_composite(self, input: Tensor) -> Tensor:
+        mean, invstd = self._agree(input, _statistics.local_statistics(input))
+        return _statistics.normalize(input, mean, invstd, self.weight, self.bias)
+
+    def _agree(self, x: Tensor, statistics: Tensor) -> Tensor:
+        """``(2, C)``: the mean and the invstd to normalise with."""
+        message = Message(statistics, samples_per_channel(x), x.dtype)
+        if self.training and self._replication is not None:
+            return self._replication.agree(message, self._data_parallel_master)
+        ((_, mean_invstd),) = self._data_parallel_master([(0, message)])
+        return mean_invstd
+
+    def _data_parallel_master(self, intermediates: Sequence[tuple[int, Message]]) -> list[tuple[int, Tensor]]:
+        """Reduce the statistics of all replicas; runs once per call of the layer, in the thread of replica 0.
+
+        Args:
+            intermediates: ``[(0, message), (1, message), ...]``.
+
+        Returns:
+            ``[(0, mean_invstd), (1, mean_invstd), ...]``, ``(2, C)`` each, on the replica's own device.
+
+        Raises:
+            TypeError: the replicas' inputs differ in dtype.
+            ValueError: one value per channel in all replicas together has no variance.
+        """
+        ranks, messages = zip(*intermediates)
+        dtypes = {message.dtype for message in messages}
+        if len(dtypes) > 1:
+            got = ", ".join(f"{m.dtype} in replica {rank}" for rank, m in intermediates)
+            raise TypeError(f"expected inputs of one dtype in all replicas at {self._where()}, got {got}")
+        total = sum(message.count for message in messages)
+        if total == 1:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got 1 in all replicas together at "
+                f"{self._where()}"
+            )
+        finish = self._compute_mean_std if total else _leave_empty
+        parts = [message.statistics for message in messages]
+        if self.fused:
+            results = Merge.apply(finish, self.weight, self._min_var(), self._where(), *parts)
+        else:
+            here = [part.to(parts[0].device, non_blocking=True) for part in parts]
+            mean_invstd = torch.stack(finish(*merge_statistics(here)))
+            results = [mean_invstd.to(part.device, non_blocking=True) for part in parts]
+        return list(zip(ranks, results))
+
+    def _compute_mean_std(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the running statistics, and return what to normalise with.
+
+        Args:
+            mean: ``(C,)``, of the whole batch.
+            m2: ``(C,)``, the sum of squared deviations from it.
+            count: ``(C,)``, the number of samples behind it.
+
+        Returns:
+            mean and invstd, ``(C,)`` each.
+        """
+        if self.running_mean is not None and self.running_var is not None:
+            self._move_running_statistics(mean, m2 / (count - 1))
+        var = m2 / count
+        if resolve_eps_mode(self.eps_mode) == "clamp":
+            return mean, var.clamp(min=self.eps).rsqrt()
+        return mean, (var + self.eps).rsqrt()
+
+    @torch.no_grad()
+    def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        step: Any = self.momentum
+        if step is None:  # the cumulative average; the counter may live on a GPU, so it is not read
+            step = 1.0 / self.num_batches_tracked.to(mean.dtype)
+        # In place: what replica 0 writes here is the model's own storage.
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            running.copy_(torch.lerp(running.to(new.dtype), new, step))
+
+    def _min_var(self) -> float:
+        return self.eps if resolve_eps_mode(self.eps_mode) == "clamp" else 0.0
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics, and weight and bias to 1 and 0."""
+        super().reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Reset the running mean to 0, the running variance to 1, and the counter of batches to 0."""
+        super().reset_running_stats()
+
+    def __data_parallel_replicate__(self, ctx: ReplicationContext, copy_id: int) -> None:
+        """Take the place of replica ``copy_id`` in this forward; called on every replica, the master first."""
+        self._replication = Replication(ctx.group, copy_id, ctx.name or self._where())
+
+    def _where(self) -> str:
+        """The layer's name for messages: in the model where it is known, else its class."""
+        if self._replication is not None:
+            return self._replication.name
+        return self._layer_name or type(self).__name__
+
+    def _check_input(self, input: Tensor) -> None:
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels (num_features) at {self._where()}, got {input.shape[1]} in an "
+                f"input of shape {tuple(input.shape)}"
+            )
+        if not input.is_floating_point():
+            raise TypeError(f"expected a floating-point input at {self._where()}, got {input.dtype}")
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._dims:
+            dims = " or ".join(f"{d}D" for d in self._dims)
+            raise ValueError(
+                f"expected {dims} input at {self._where()}, got {input.dim()}D input of shape {tuple(input.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults, after those of torch's own layer."""
+        parts = [super().extra_repr()]
+        parts += [f"eps_mode={self.eps_mode!r}"] if self.eps_mode is not None else []
+        parts += ["fused=False"] if not self.fused else []
+        parts += [f"process_group={self.process_group!r}"] if self.process_group is not None else []
+        return ", ".join(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state_outside_a_forward()
+        if not isinstance(self.process_group, _Scope):
+            state.pop("process_group", None)  # belongs to this process; nothing of it can be written down
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SynchronizedBatchNorm":
+        memo[id(self.process_group)] = self.process_group
+        clone = memo[id(self)] = self.__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self._state_outside_a_forward(), memo))
+        return clone
+
+    def _state_outside_a_forward(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_replication"}
+
+
+def _leave_empty(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Like ``_compute_mean_std`` where no replica has a sample: nothing to learn from, nothing to normalise."""
+    return mean, torch.ones_like(mean)
+
+
+class SynchronizedBatchNorm1d(_SynchronizedBatchNorm, nn.BatchNorm1d):
+    """Batch norm over ``(N, C)`` or ``(N, C, L)`` by the statistics of the batches of all replicas.
+
+    A drop-in ``nn.BatchNorm1d``: the same arguments, attributes and state-dict keys. See
+    :class:`SynchronizedBatchNorm2d`.
+    """
+
+    _dims = (2, 3)
+
+
+class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
+    r"""Batch norm over ``(N, C, H, W)`` by the statistics of the batches of all replicas.
+
+    Inside of a replicated model (``syncbn_parallel.DataParallelWithCallback``, or an ``nn.DataParallel``), a layer in
+    training normalises by the mean and the variance of all replicas' batches together, weighted by their true sizes,
+    and its gradients are those of the whole batch. In evaluation, or alone, it is ``torch.nn.functional.batch_norm``.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \mathrm{eps}}} \cdot \mathrm{weight} + \mathrm{bias}
+
+    Args:
+        num_features: C, at least 1.
+        eps: added to the variance, or its floor (see ``eps_mode``).
+        momentum: the share of the new batch in the running statistics; None for their cumulative average.
+        affine: whether there are a weight and a bias, ``(C,)`` each.
+        track_running_stats: whether there are running statistics; without them, evaluation normalises by its own batch.
+        process_group: kept for synchronization across processes; ``THIS_PROCESS`` for none.
+        eps_mode: ``"plus"`` for ``sqrt(var + eps)``, ``"clamp"`` for ``sqrt(max(var, eps))``, None for what
+            :func:`set_sbn_eps_mode` says.
+        fused: whether to use torch's fused kernels, with first derivatives only; False for plain operations:
+            slower, but with derivatives of any order.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers.
+
+    Shape:
+        - Input: ``(N, C, H, W)``; N may be 0 and may differ among the replicas.
+        - Output: as the input, in its dtype and memory format.
+
+    Raises:
+        ValueError: an input of another shape; or a single value per channel in all replicas together.
+        TypeError: an input of integers; or inputs of different dtypes in the replicas.
+        syncbn_comm.BrokenSyncError: another replica failed, left, or did not come in time.
+
+    Example:
+        >>> layer = SynchronizedBatchNorm2d(3)
+        >>> layer(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 4, 4])
+
+    Reference:
+        S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+        Covariate Shift", 2015.
+    """
+
+    _dims = (4,)
+
+
+class SynchronizedBatchNorm3d(_SynchronizedBatchNorm, nn.BatchNorm3d):
+    """Batch norm over ``(N, C, D, H, W)`` by the statistics of the batches of all replicas.
+
+    A drop-in ``nn.BatchNorm3d``: the same arguments, attributes and state-dict keys. See
+    :class:`SynchronizedBatchNorm2d`.
+    """
+
+    _dims = (5,)
+
+
+class SynchronizedBatchNorm(_SynchronizedBatchNorm):
+    """Batch norm over ``(N, C)`` to ``(N, C, D, H, W)`` by the statistics of the batches of all replicas.
+
+    The dimension-agnostic sibling, as ``nn.SyncBatchNorm`` is. See :class:`SynchronizedBatchNorm2d`.
+    """

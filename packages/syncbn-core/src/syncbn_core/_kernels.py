@@ -1,0 +1,149 @@
+"""Torch's own batch-norm kernels, called by what they compute rather than by what they are named.
+
+Four passes over big tensors, each for the CPU, for CUDA, and by plain operations for any other device:
+
+================  =====================================  =============================
+pass              reads -> writes                        in
+================  =====================================  =============================
+local_statistics  x -> (3, C)                            forward, where data enters
+normalize         x -> y                                 forward, where data leaves
+gradient_sums     dy, x -> (2, C)                        backward, where dy enters
+input_gradient    dy, x -> dx                            backward, where dx leaves
+================  =====================================  =============================
+
+None of them synchronizes host and device on CUDA. Vectors of length C come in and go out in the wide
+dtype in which they are merged; the kernels take them in the dtype of their arithmetic.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _statistics
+from ._statistics import compute_dtype, merge_dtype, samples_per_channel, sum_over_batch, unsqueeze_channels
+
+# Where abs(mean) > _SHIFT_ABOVE * std, sums of x times something lose digits to the mean: the relative error of
+# m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
+_SHIFT_ABOVE = 10.0
+
+_cpu_backward = torch.ops.aten.native_batch_norm_backward.default
+
+
+def local_statistics(x: Tensor) -> Tensor:
+    """Mean, m2 and count of one replica's batch, as :func:`syncbn_core._statistics.local_statistics`."""
+    count = samples_per_channel(x)
+    if count == 0:
+        return torch.zeros(3, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
+    if x.is_cpu:
+        mean, m2 = _cpu_mean_and_m2(x, count)
+    elif x.is_cuda:
+        mean, m2 = _cuda_mean_and_m2(x, count)
+    else:
+        return _statistics.local_statistics(x)
+    packed = torch.empty(3, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
+    packed[0], packed[1], packed[2] = mean, m2, count
+    return packed
+
+
+def _cpu_mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    ones = torch.ones(x.shape[1], dtype=dtype)
+    if x.dtype == dtype and x.is_contiguous():
+        mean = sum_over_batch(x) / count
+        m2 = _sum_dy_xmu(x, x, mean, ones)[1]
+    else:
+        # Half inputs get statistics in float32 only if there are running statistics in float32.
+        mean, var = torch.batch_norm_update_stats(x, torch.zeros_like(ones), ones, 0.0)
+        m2 = var * count
+    if (mean * mean * count > _SHIFT_ABOVE**2 * m2).any():
+        # Not the mean found above: on channels_last it may itself be far off.
+        shift = sum_over_batch(x.to(dtype)) / count
+        deviation = x.to(dtype) - unsqueeze_channels(shift, x)
+        rest, m2 = _sum_dy_xmu(deviation, deviation, torch.zeros_like(shift), ones)
+        rest = rest.double() / count
+        return shift.double() + rest, m2.double() - count * rest * rest
+    return mean, m2
+
+
+def _cuda_mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    # With eps = 0 the variance can be had back from the reciprocal of its root; of 1 / inf too.
+    mean, invstd = torch.batch_norm_stats(x, 0.0)
+    return mean, count / (invstd.double() * invstd.double())
+
+
+def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``(x - mean) * invstd * weight + bias``, as :func:`syncbn_core._statistics.normalize`."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    dtype = compute_dtype(x.dtype)
+    mean, invstd = mean.to(dtype), invstd.to(dtype)
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if x.is_cuda:
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, 0.0)
+    if x.is_cpu:
+        return _cpu_affine(x, mean, invstd if weight is None else invstd * weight, bias)
+    return _statistics.normalize(x, mean, invstd, weight, bias)
+
+
+def _cpu_affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``(x - mean) * scale + bias`` in one pass: an evaluation-mode batch norm of variance 1."""
+    y: Tensor = torch.native_batch_norm(x, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
+    return y
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """``(2, C)``: the sums of ``dy`` and of ``dy * (x - mean)`` over all but the channel axis."""
+    if x.numel() == 0:
+        return torch.zeros(2, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
+    dtype = compute_dtype(x.dtype)
+    mean = mean.to(dtype)
+    if x.is_cpu:
+        sums = _sum_dy_xmu(dy, x, mean, torch.ones_like(mean))
+    elif x.is_cuda:
+        reduce = torch.batch_norm_backward_reduce
+        sums = reduce(dy, x, mean, invstd.to(dtype), None, True, False, False)[:2]
+    else:
+        dy, x = dy.to(dtype), x.to(dtype)
+        sums = sum_over_batch(dy), sum_over_batch(dy * (x - unsqueeze_channels(mean, x)))
+    return torch.stack(sums).to(merge_dtype(x.device))
+
+
+def _sum_dy_xmu(dy: Tensor, x: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+    # The weight's and bias's gradients of an evaluation-mode batch norm of variance 1.
+    # This kernel divides by the number of samples: with none of them it takes the whole process along.
+    _, sum_dy_xmu, sum_dy = _cpu_backward(
+        dy, x, None, mean, ones, None, None, False, 0.0, [False, True, True]
+    )
+    return sum_dy, sum_dy_xmu
+
+
+def input_gradient(dy: Tensor | None, x: Tensor, local_mean: Tensor, coefficients: Tensor) -> Tensor:
+    """``a * (dy - shift - slope * (x - local_mean))``: what every replica's dx comes down to.
+
+    Args:
+        dy: ``(N, C, *)``, or None for zeros.
+        x: ``(N, C, *)``.
+        local_mean: ``(C,)``, the mean of this very ``x``: near it, the difference keeps its digits.
+        coefficients: ``(3, C)``: a, shift and slope.
+
+    Returns:
+        ``(N, C, *)``.
+    """
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    dtype = compute_dtype(x.dtype)
+    a, shift, slope = coefficients.to(dtype)
+    local_mean = local_mean.to(dtype)
+    if x.is_cuda and dy is not None:
+        # sum_dy / count and sum_dy_xmu * invstd**2 / count are what the kernel makes of its arguments.
+        one = torch.ones(1, dtype=torch.int32, device=x.device)
+        ones = torch.ones_like(local_mean)
+        return torch.batch_norm_backward_elemt(dy, x, local_mean, ones, a, shift, slope, one)
+    scale, bias = -a * slope, -a * shift
+    if not x.is_cpu:
+        dx = _statistics.normalize(x, local_mean, scale, None, bias)
+    else:
+        dx = _cpu_affine(x, local_mean, scale, bias)
+    if dy is None:
+        return dx
+    return dx.addcmul_(dy, unsqueeze_channels(a.to(x.dtype), x))
