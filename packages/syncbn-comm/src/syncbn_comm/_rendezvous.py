@@ -1,0 +1,189 @@
+"""The engine under both SyncMaster and ReplicaGroup: parties that meet, and the first of them combines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+from syncbn_comm import _party, _reports
+from syncbn_comm._errors import BrokenSyncError, MisuseError, ReplicaLeftError, SyncTimeoutError
+from syncbn_comm._party import Party, State
+
+Combine = Callable[[list[tuple[Any, Any]]], Iterable[tuple[Any, Any]]]
+
+# Left in a party's slot, instead of a result, when its round broke.
+_BROKEN = object()
+
+# Looked up once: on an enum class that takes longer than the comparison itself.
+_RUNNING, _WAITING, _COMBINING, _LEFT = State.RUNNING, State.WAITING, State.COMBINING, State.LEFT
+
+
+class Rendezvous:
+    """Parties that wait for each other at named places, all of them at every place.
+
+    As a round needs everybody, one round at most is under way, and after every arrival and every departure
+    two counters tell whether it can still take place: it cannot if anybody has left, or if everybody waits
+    but not at one place. Whoever finds that out breaks the rendezvous for all, for good.
+
+    A finished round costs one pass over the parties, made by the *lead*, party 0: the last arrival wakes the
+    lead, which combines and wakes each of the others once.
+
+    Args:
+        timeout: seconds that one wait may last; None waits for ever.
+        name: put in front of error messages.
+    """
+
+    def __init__(self, timeout: float | None, name: str | None = None) -> None:
+        self.timeout = timeout
+        self._lead = Party(0)
+        self.parties: dict[Hashable, Party] = {0: self._lead}
+        self.calls: dict[str, int] = {}  # finished rounds, per place
+        self.failure: BaseException | None = None
+        self.failed: Any = None  # the identifier of the party that failed, where there is one
+        self._prefix = f"{name}: " if name else ""
+        self._report = ""
+        self._mutex = _party.new_lock()
+        self._waiting = 0
+        self._left = 0
+        self._where = ""  # where this round's first arrival waits
+        self._split = False  # somebody else of this round waits elsewhere
+
+    def join(self, identifier: Hashable) -> Party:
+        """Add a party."""
+        with self._mutex:
+            self._check_unbroken()
+            party = self.parties[identifier] = Party(identifier)
+            return party
+
+    def meet(self, party: Party, message: Any, combine: Combine | None, where: str) -> Any:
+        """Wait for everybody at one place; return this party's share of what the lead's ``combine`` answers.
+
+        Raises:
+            BrokenSyncError: the rendezvous is broken, or breaks during the wait; one of its subclasses if the
+                first failure is of that kind.
+            MisuseError: the party has left, or waits already.
+        """
+        with self._mutex:
+            self._check_unbroken()
+            if party.state is not _RUNNING:
+                raise MisuseError(self._prefix + _reports.misused(party, where))
+            party.state = _WAITING
+            party.where = where
+            party.slot = message
+            if self._waiting == 0:
+                self._where = where
+            elif where != self._where:
+                self._split = True
+            self._waiting += 1
+            everybody = self._waiting == len(self.parties)
+            if self._left or (everybody and self._split):
+                self._break_stuck()
+            elif everybody:
+                self._lead.state = _COMBINING
+                self._lead.wake.release()
+        try:
+            self._wait(party)
+            if party is self._lead and combine:
+                self._combine(combine)
+        except BaseException as failure:
+            party.slot = None
+            self.abort(failure, party)
+            raise
+        result, party.slot = party.slot, None
+        return result
+
+    def leave(self, party: Party) -> None:
+        """Say that this party will not come any more."""
+        with self._mutex:
+            if party.state is _LEFT:
+                return
+            party.state = _LEFT
+            self._left += 1
+            if self._waiting and self.failure is None:
+                self._break_stuck()
+
+    def abort(self, failure: BaseException, party: Party | None = None) -> None:
+        """Break the rendezvous: everybody who waits, or will wait, raises from the first failure."""
+        with self._mutex:
+            if self.failure is None:
+                self._break(failure, party, _reports.failed(failure, party, self.calls))
+
+    def retire(self, reason: str) -> None:
+        """End the use of this rendezvous, broken or not: who waits, or will wait, is told the reason."""
+        failure = BrokenSyncError(reason)
+        with self._mutex:
+            failure.__cause__ = self.failure
+            self._break(failure, None, reason)
+
+    def _wait(self, party: Party) -> None:
+        timeout = self.timeout
+        if not party.wake.acquire(True, -1 if timeout is None else timeout):
+            with self._mutex:
+                # It may have been woken, or the others told, since the time was up.
+                if party.state is _WAITING:
+                    report = _reports.timed_out(party, timeout, self.parties.values(), self.calls)
+                    self._break(SyncTimeoutError(self._prefix + report), None, report)
+            party.wake.acquire()
+        if party.slot is _BROKEN:
+            self._check_unbroken()
+
+    def _combine(self, combine: Combine) -> None:
+        parties = self.parties
+        # No name for the messages: this frame outlives them.
+        answers = _checked(combine([(key, party.slot) for key, party in parties.items()]), parties)
+        with self._mutex:
+            self._check_unbroken()
+            where = self._where
+            self.calls[where] = self.calls.get(where, 0) + 1
+            self._waiting = 0
+            # Two passes, so that all messages are gone before anybody returns.
+            for key, party in parties.items():
+                party.slot = answers[key]
+                party.state = _RUNNING
+            for party in parties.values():
+                if party is not self._lead:
+                    party.wake.release()
+
+    def _break_stuck(self) -> None:
+        parties = self.parties.values()
+        gone = [party for party in parties if party.state is _LEFT]
+        if gone:
+            report = _reports.left(gone, parties, self.calls)
+            self._break(ReplicaLeftError(self._prefix + report), gone[0], report)
+        else:
+            report = _reports.split(parties, self.calls)
+            self._break(BrokenSyncError(self._prefix + report), None, report)
+
+    def _break(self, failure: BaseException, party: Party | None, report: str) -> None:
+        self.failure = failure
+        self.failed = None if party is None else party.identifier
+        self._report = self._prefix + report
+        for waiter in self.parties.values():
+            if waiter.state is _WAITING:
+                waiter.slot = _BROKEN
+                waiter.state = _RUNNING
+                waiter.wake.release()
+
+    def _check_unbroken(self) -> None:
+        if self.failure is not None:
+            for kind in (SyncTimeoutError, ReplicaLeftError):
+                if isinstance(self.failure, kind):
+                    raise kind(self._report) from self.failure
+            raise BrokenSyncError(self._report) from self.failure
+
+
+def _checked(answers: Iterable[tuple[Any, Any]], parties: dict[Hashable, Party]) -> dict[Hashable, Any]:
+    """Turn the callback's answers into a dict with exactly one result per party, or say what is wrong."""
+    try:
+        pairs = list(answers)
+        results = dict(pairs)
+    except (TypeError, ValueError) as error:
+        raise MisuseError(
+            f"expected the callback to return a list of (identifier, result) pairs, got {answers!r:.200}"
+        ) from error
+    if len(pairs) != len(parties) or results.keys() != parties.keys():
+        raise MisuseError(
+            f"expected the callback to answer each of {list(parties)} once, "
+            f"got answers for {[identifier for identifier, _ in pairs]}"
+        )
+    return results

@@ -1,0 +1,70 @@
+"""What all test files of this package share: threads that end, and a group of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from syncbn_comm import ReplicaGroup
+
+# Far beyond what anything here takes: it decides only when to call a thread hung.
+HANG_SECONDS = 30.0
+
+
+class Threads:
+    """Runs callables, one thread each, and hands back what each returned or raised."""
+
+    def __init__(self) -> None:
+        self.started: list[threading.Thread] = []
+
+    def start(self, *works: Callable[[], Any]) -> Callable[[], list[Any]]:
+        """Start the works; the returned function joins them and gives their outcomes in order."""
+        outcomes: list[Any] = [None] * len(works)
+
+        def run(index: int) -> None:
+            try:
+                outcomes[index] = works[index]()
+            except BaseException as exc:  # an outcome like any other
+                outcomes[index] = exc
+
+        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))]
+        self.started += threads
+        for thread in threads:
+            thread.start()
+
+        def join() -> list[Any]:
+            self.join(threads)
+            return outcomes
+
+        return join
+
+    def run(self, *works: Callable[[], Any]) -> list[Any]:
+        """Start the works and wait for all of them."""
+        return self.start(*works)()
+
+    def run_members(self, group: ReplicaGroup, *works: Callable[[Any], Any]) -> list[Any]:
+        """Run ``works[rank](replica)`` inside ``with group.member(rank)``, for every rank."""
+
+        def member(rank: int) -> Any:
+            with group.member(rank) as replica:
+                return works[rank](replica)
+
+        return self.run(*(lambda rank=rank: member(rank) for rank in range(len(works))))
+
+    @staticmethod
+    def join(threads: Sequence[threading.Thread]) -> None:
+        for thread in threads:
+            thread.join(HANG_SECONDS)
+        hung = [thread.name for thread in threads if thread.is_alive()]
+        assert not hung, f"threads hang: {hung}"
+
+
+@pytest.fixture
+def threads() -> Any:
+    """Start threads that must all have ended by the end of the test."""
+    started = Threads()
+    yield started
+    started.join(started.started)
