@@ -1,0 +1,183 @@
+"""What there is in a model, and what `convert_model` makes of it; nothing is changed here."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
+from torch.nn.utils import parametrize
+
+from syncbn_parallel import DataParallelWithCallback
+
+from ._layers import OPTIONS
+from ._registry import SYNCHRONIZED, Build, Conversion, Swap, conversion_of
+
+SkipRule = str | Callable[[str, nn.Module], bool]
+
+
+class Verdict(enum.Enum):
+    """What becomes of a module."""
+
+    CONVERTS = enum.auto()
+    SYNCHRONIZES = enum.auto()  # it is a synchronized layer already
+    SKIPPED = enum.auto()  # somebody asked for that
+    LEFT_ALONE = enum.auto()  # nobody has said what it should become
+    WRAPPED = enum.auto()  # it would convert, but for the DistributedDataParallel around it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One module that convert_model has an opinion about.
+
+    Attributes:
+        name: the module's (first) qualified name.
+        module: the module.
+        verdict: what becomes of it.
+        conversion: how, where it converts; None for an instance of a subclass of nn.DataParallel, which is
+            patched.
+        reason: why not, where it does not convert.
+    """
+
+    name: str
+    module: nn.Module
+    verdict: Verdict
+    conversion: Conversion | None = None
+    reason: str = ""
+
+
+def survey(model: nn.Module, skip: SkipRule | Iterable[SkipRule] = ()) -> list[Finding]:
+    """All batch norm layers of a model, whatever has a registered conversion, and the nn.DataParallel's."""
+    enclosed = _requested(model, skip)
+    for module in model.modules():
+        if enclosure := _enclosure(module):
+            for member in module.modules():
+                if member is not module:
+                    enclosed.setdefault(member, enclosure)
+    findings = []
+    for name, module in model.named_modules():
+        finding = _by_itself(name, module)
+        if finding is None:
+            continue
+        if module in enclosed and finding.verdict is not Verdict.SYNCHRONIZES:
+            verdict, reason = enclosed[module]
+            if verdict is not Verdict.WRAPPED or finding.verdict is Verdict.CONVERTS:
+                finding = Finding(name, module, verdict, reason=reason)
+        findings.append(finding)
+    return findings
+
+
+def called(name: str) -> str:
+    """A module's qualified name, for a message."""
+    return repr(name) if name else "the model itself"
+
+
+def warn_left_alone(findings: list[Finding]) -> None:
+    """One warning, to the caller of convert_model, about all layers that nobody has said what to do with."""
+    left = [f for f in findings if f.verdict is Verdict.LEFT_ALONE]
+    if left:
+        lines = [f"  {called(f.name)}: {f.reason}" for f in left]
+        warnings.warn(
+            f"convert_model left {len(left)} batch norm layer(s) alone, which do not synchronize:\n"
+            + "\n".join(lines)
+            + "\nSay what such a layer becomes by register_conversion(SourceType, factory), or by skip= that "
+            "it is to stay.",
+            stacklevel=3,
+        )
+
+
+def _requested(model: nn.Module, skip: SkipRule | Iterable[SkipRule]) -> dict[nn.Module, tuple[Verdict, str]]:
+    """What the rules leave out: what one matches under any of its names, with all that it contains."""
+    rules = [skip] if isinstance(skip, str) or callable(skip) else list(skip)
+    named = list(model.named_modules(remove_duplicate=False))
+    requested: dict[nn.Module, tuple[Verdict, str]] = {}
+    for rule in rules:
+        if isinstance(rule, str):
+            matched = [module for name, module in named if fnmatchcase(name, rule)]
+            reason = f"matches skip={rule!r}"
+            if not matched:
+                # A misspelt pattern would convert the very layers that it was meant to protect.
+                raise ValueError(
+                    f"skip: expected the name of a module or a pattern for some, got {rule!r}, which matches "
+                    "none; model.named_modules() lists the names"
+                )
+        elif isinstance(rule, (type, nn.Module)) or not callable(rule):
+            raise TypeError(
+                f"skip: expected names, patterns and predicates (name, module) -> bool, got {rule!r}"
+            )
+        else:
+            matched = [module for name, module in named if rule(name, module)]
+            reason = f"matches skip={getattr(rule, '__qualname__', repr(rule))}"
+        for module in matched:
+            for inner in module.modules():
+                requested.setdefault(inner, (Verdict.SKIPPED, reason))
+    return requested
+
+
+def _enclosure(module: nn.Module) -> tuple[Verdict, str] | None:
+    """What this module means for those that it contains."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return Verdict.LEFT_ALONE, "part of a TorchScript module: convert before scripting or tracing"
+    if type(module).__module__.startswith("torch.ao.nn."):
+        return Verdict.LEFT_ALONE, f"part of the quantized or fused {type(module).__name__}"
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return Verdict.WRAPPED, "inside a DistributedDataParallel"
+    if isinstance(conversion_of(type(module)), Build):
+        return Verdict.SKIPPED, f"part of a {type(module).__name__}, which converts as a whole"
+    return None
+
+
+def _by_itself(name: str, module: nn.Module) -> Finding | None:
+    """The finding about a module, wherever it is; None for one that has nothing to do with batch norm."""
+    if isinstance(module, nn.DataParallel):
+        if isinstance(module, DataParallelWithCallback):
+            return None
+        exact = type(module) is nn.DataParallel
+        return Finding(name, module, Verdict.CONVERTS, Swap(DataParallelWithCallback) if exact else None)
+    if isinstance(module, SYNCHRONIZED):
+        return Finding(name, module, Verdict.SYNCHRONIZES)
+    conversion = conversion_of(type(module))
+    if conversion is not None:
+        obstacle = _obstacle(module) if isinstance(conversion, Swap) else ""
+        if obstacle:
+            return Finding(name, module, Verdict.LEFT_ALONE, reason=obstacle)
+        return Finding(name, module, Verdict.CONVERTS, conversion)
+    reason = _kinship(module)
+    return Finding(name, module, Verdict.LEFT_ALONE, reason=reason) if reason else None
+
+
+def _obstacle(module: nn.Module) -> str:
+    """What on this object, rather than in its class, forbids changing its class."""
+    own = vars(module)
+    if "forward" in own:
+        return "has a forward of its own, set on the object, which would go on to run the unsynchronized one"
+    if own.get("qconfig") is not None:
+        return "prepared for quantization (it has a qconfig)"
+    known = {"process_group"} if isinstance(module, nn.SyncBatchNorm) else set()
+    for option in OPTIONS:
+        if option in own and option not in known:
+            return f"has an attribute {option!r} of its own, which a synchronized layer uses otherwise"
+    return ""
+
+
+def _kinship(module: nn.Module) -> str:
+    """Why a module without a conversion is batch norm all the same; '' if it is not."""
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module) and isinstance(module, _BatchNorm):
+        return "is parametrized: convert first, then parametrize"
+    if isinstance(module, _LazyNormBase) and isinstance(module, _BatchNorm):
+        return f"{kind} has no features yet: run one forward, then convert"
+    if isinstance(module, _BatchNorm):
+        base = next(c for c in type(module).__mro__ if c.__module__ == _BatchNorm.__module__)
+        return f"{kind} is a subclass of {base.__name__}"
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{module.original_name} in TorchScript" if "BatchNorm" in module.original_name else ""
+    buffers = dict(module.named_buffers(recurse=False))
+    if {"running_mean", "running_var"} <= buffers.keys() and not isinstance(module, _NormBase):
+        return f"{kind} keeps running statistics, but is no subclass of torch's batch norm"
+    return ""
