@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from syncbn_comm import ReplicaGroup
 from torch import Tensor, nn
+
+from syncbn_comm import ReplicaGroup
 
 JOIN_SECONDS = 60.0
 
@@ -35,7 +36,7 @@ class Replicas:
             replica.__data_parallel_replicate__(SimpleNamespace(name=name, group=self.group), rank)
 
     def run(self, forward: Callable[[nn.Module, int], Any]) -> list[Any]:
-        """Call ``forward(replica, rank)`` in one thread for each replica; a replica's own error is raised here."""
+        """Call ``forward(replica, rank)`` in one thread for each replica; the first error is raised here."""
         results: list[Any] = [None] * len(self.modules)
 
         def work(rank: int, grad_enabled: bool) -> None:

@@ -3,17 +3,17 @@
 import copy
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _kernels, _statistics
+from . import _nodes, _statistics
 from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
-from ._nodes import Apply, Gather, Merge
 from ._replication import Message, Replication, ReplicationContext
 from ._statistics import merge_statistics, samples_per_channel
+from ._stock import enlist
 
 
 class _Scope(enum.Enum):
@@ -30,8 +30,8 @@ THIS_PROCESS = _Scope.THIS_PROCESS
 class _SynchronizedBatchNorm(_BatchNorm):
     """What the synchronized layers have in common, with the override points of a fork.
 
-    Every attribute beyond those of ``nn.BatchNorm*d`` has a default here, so that an ``nn.BatchNorm2d`` becomes a
-    ``SynchronizedBatchNorm2d`` by a change of its class alone.
+    Every attribute beyond those of ``nn.BatchNorm*d`` has a default here, so that an ``nn.BatchNorm2d``
+    becomes a ``SynchronizedBatchNorm2d`` by a change of its class alone.
     """
 
     process_group: Any = None
@@ -66,7 +66,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, ``(N, C, *)``; in training by the statistics of all replicas' batches."""
         self._check_input(input)
-        synchronizes = self.training and self._replication is not None
+        synchronizes = self.training and self._replication is not None and self._replication.world_size > 1
         of_batch = self.training or self.running_mean is None
         clamps = resolve_eps_mode(self.eps_mode) == "clamp"
         if not synchronizes and not clamps and (input.numel() or not of_batch):
@@ -82,13 +82,9 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def _forward_fused(self, input: Tensor) -> Tensor:
         name = self._where()
-        if input.requires_grad and torch.is_grad_enabled():
-            x, statistics = Gather.apply(input, name)
-        else:
-            x, statistics = input, _kernels.local_statistics(input)
+        x, statistics = _nodes.gather(input, name)
         mean_invstd = self._agree(x, statistics)
-        y: Tensor = Apply.apply(x, mean_invstd, self.weight, self.bias, name)
-        return y
+        return _nodes.apply(x, mean_invstd, self.weight, self.bias, name)
 
     def _forward_composite(self, input: Tensor) -> Tensor:
         mean, invstd = self._agree(input, _statistics.local_statistics(input))
@@ -98,7 +94,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         """``(2, C)``: the mean and the invstd to normalise with."""
         message = Message(statistics, samples_per_channel(x), x.dtype)
         if self.training and self._replication is not None:
-            return self._replication.agree(message, self._data_parallel_master)
+            return self._replication.agree(message, self._data_parallel_master, recomputable=self.fused)
         ((_, mean_invstd),) = self._data_parallel_master([(0, message)])
         return mean_invstd
 
@@ -120,7 +116,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         if len(dtypes) > 1:
             got = ", ".join(f"{m.dtype} in replica {rank}" for rank, m in intermediates)
             raise TypeError(f"expected inputs of one dtype in all replicas at {self._where()}, got {got}")
-        total = sum(message.count for message in messages)
+        total = sum(message.samples for message in messages)
         if total == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got 1 in all replicas together at "
@@ -129,7 +125,9 @@ class _SynchronizedBatchNorm(_BatchNorm):
         finish = self._compute_mean_std if total else _leave_empty
         parts = [message.statistics for message in messages]
         if self.fused:
-            results = Merge.apply(finish, self.weight, self._min_var(), self._where(), *parts)
+            results: Sequence[Tensor] = _nodes.merge(
+                parts, finish, self.weight, self._min_var(), self._where()
+            )
         else:
             here = [part.to(parts[0].device, non_blocking=True) for part in parts]
             mean_invstd = torch.stack(finish(*merge_statistics(here)))
@@ -147,7 +145,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         Returns:
             mean and invstd, ``(C,)`` each.
         """
-        if self.running_mean is not None and self.running_var is not None:
+        if self.running_mean is not None:
             self._move_running_statistics(mean, m2 / (count - 1))
         var = m2 / count
         if resolve_eps_mode(self.eps_mode) == "clamp":
@@ -156,14 +154,15 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        step: Any = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        step: Any = self.momentum
-        if step is None:  # the cumulative average; the counter may live on a GPU, so it is not read
-            step = 1.0 / self.num_batches_tracked.to(mean.dtype)
-        # In place: what replica 0 writes here is the model's own storage.
+            if step is None:  # the cumulative average; the counter may be on a GPU, so it is not read
+                step = 1.0 / self.num_batches_tracked.to(mean.dtype)
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
-            running.copy_(torch.lerp(running.to(new.dtype), new, step))
+            if running is not None:
+                # In place: what replica 0 writes here is the model's own storage.
+                running.copy_(torch.lerp(running.to(new.dtype), new, step))
 
     def _min_var(self) -> float:
         return self.eps if resolve_eps_mode(self.eps_mode) == "clamp" else 0.0
@@ -177,8 +176,19 @@ class _SynchronizedBatchNorm(_BatchNorm):
         super().reset_running_stats()
 
     def __data_parallel_replicate__(self, ctx: ReplicationContext, copy_id: int) -> None:
-        """Take the place of replica ``copy_id`` in this forward; called on every replica, the master first."""
-        self._replication = Replication(ctx.group, copy_id, ctx.name or self._where())
+        """Take the place of replica ``copy_id`` in this forward; called on every replica, the master first.
+
+        A context of some other library that knows no group changes nothing: then the replicas find each other
+        as under a stock ``nn.DataParallel``.
+        """
+        if getattr(ctx, "group", None) is not None:
+            nested = self._replication is not None and self._replication.nested  # found in its making
+            self._replication = Replication(ctx, copy_id, ctx.name or self._where(), nested)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._replication = enlist(self, self._where(), nested=self._replication is not None)
+        return replica
 
     def _where(self) -> str:
         """The layer's name for messages: in the model where it is known, else its class."""
@@ -190,8 +200,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise ValueError(
-                f"expected {self.num_features} channels (num_features) at {self._where()}, got {input.shape[1]} in an "
-                f"input of shape {tuple(input.shape)}"
+                f"expected {self.num_features} channels (num_features) at {self._where()}, got "
+                f"{input.shape[1]} in an input of shape {tuple(input.shape)}"
             )
         if not input.is_floating_point():
             raise TypeError(f"expected a floating-point input at {self._where()}, got {input.dtype}")
@@ -200,12 +210,13 @@ class _SynchronizedBatchNorm(_BatchNorm):
         if input.dim() not in self._dims:
             dims = " or ".join(f"{d}D" for d in self._dims)
             raise ValueError(
-                f"expected {dims} input at {self._where()}, got {input.dim()}D input of shape {tuple(input.shape)}"
+                f"expected {dims} input at {self._where()}, got {input.dim()}D input of shape "
+                f"{tuple(input.shape)}"
             )
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, after those of torch's own layer."""
-        parts = [super().extra_repr()]
+        parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
         parts += [f"eps_mode={self.eps_mode!r}"] if self.eps_mode is not None else []
         parts += ["fused=False"] if not self.fused else []
         parts += [f"process_group={self.process_group!r}"] if self.process_group is not None else []
@@ -220,7 +231,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SynchronizedBatchNorm":
         memo[id(self.process_group)] = self.process_group
         clone = memo[id(self)] = self.__new__(type(self))
-        clone.__setstate__(copy.deepcopy(self._state_outside_a_forward(), memo))
+        clone.__setstate__(copy.deepcopy(self._state_outside_a_forward(), memo))  # type: ignore[no-untyped-call]
         return clone
 
     def _state_outside_a_forward(self) -> dict[str, Any]:
@@ -228,7 +239,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
 
 def _leave_empty(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Like ``_compute_mean_std`` where no replica has a sample: nothing to learn from, nothing to normalise."""
+    """As ``_compute_mean_std``, where no replica has a sample: nothing to learn from or to normalise."""
     return mean, torch.ones_like(mean)
 
 
@@ -243,23 +254,25 @@ class SynchronizedBatchNorm1d(_SynchronizedBatchNorm, nn.BatchNorm1d):
 
 
 class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
-    r"""Batch norm over ``(N, C, H, W)`` by the statistics of the batches of all replicas.
+    """Batch norm over ``(N, C, H, W)`` by the statistics of the batches of all replicas.
 
-    Inside of a replicated model (``syncbn_parallel.DataParallelWithCallback``, or an ``nn.DataParallel``), a layer in
-    training normalises by the mean and the variance of all replicas' batches together, weighted by their true sizes,
-    and its gradients are those of the whole batch. In evaluation, or alone, it is ``torch.nn.functional.batch_norm``.
+    Inside of a replicated model (``syncbn_parallel.DataParallelWithCallback``, or an ``nn.DataParallel``), a
+    layer in training normalises by the mean and the variance of all replicas' batches together, weighted by
+    their true sizes, and its gradients are those of the whole batch. In evaluation, or alone, it is
+    ``torch.nn.functional.batch_norm``::
 
-    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \mathrm{eps}}} \cdot \mathrm{weight} + \mathrm{bias}
+        y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Args:
         num_features: C, at least 1.
         eps: added to the variance, or its floor (see ``eps_mode``).
         momentum: the share of the new batch in the running statistics; None for their cumulative average.
         affine: whether there are a weight and a bias, ``(C,)`` each.
-        track_running_stats: whether there are running statistics; without them, evaluation normalises by its own batch.
+        track_running_stats: whether there are running statistics; without them, evaluation normalises by its
+            own batch.
         process_group: kept for synchronization across processes; ``THIS_PROCESS`` for none.
         eps_mode: ``"plus"`` for ``sqrt(var + eps)``, ``"clamp"`` for ``sqrt(max(var, eps))``, None for what
-            :func:`set_sbn_eps_mode` says.
+            `set_sbn_eps_mode` says.
         fused: whether to use torch's fused kernels, with first derivatives only; False for plain operations:
             slower, but with derivatives of any order.
         device: of the parameters and buffers.

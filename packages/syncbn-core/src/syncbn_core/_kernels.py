@@ -21,8 +21,8 @@ from torch import Tensor
 from . import _statistics
 from ._statistics import compute_dtype, merge_dtype, samples_per_channel, sum_over_batch, unsqueeze_channels
 
-# Where abs(mean) > _SHIFT_ABOVE * std, sums of x times something lose digits to the mean: the relative error of
-# m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
+# Where abs(mean) > _SHIFT_ABOVE * std, sums of x times something lose digits to the mean: the relative error
+# of m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
 _SHIFT_ABOVE = 10.0
 
 _cpu_backward = torch.ops.aten.native_batch_norm_backward.default

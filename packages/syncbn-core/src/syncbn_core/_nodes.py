@@ -6,9 +6,9 @@
                |                                                   ^
                +------------------ x_i, the same storage ----------+
 
-A backward that waited for the other replicas would dead-lock, since autograd runs all CPU nodes on one thread.
-Here nobody waits: Merge is one node for all replicas, so autograd itself calls it when the sums of every replica
-are there. What travels backward between the nodes is not a derivative; their composition is:
+A backward that waited for the other replicas would dead-lock, since autograd runs all CPU nodes on one
+thread. Here nobody waits: Merge is one node for all replicas, so autograd itself calls it when the sums of
+every replica are there. What travels backward between the nodes is not a derivative; their composition is:
 
 - Apply_i hands ``dy`` on to Gather_i untouched, and the two sums over ``dy`` to Merge;
 - Merge adds the sums of all replicas and returns to each Gather_i the coefficients of its ``dx``;
@@ -35,9 +35,42 @@ Finish = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(mean, m2, count) of the whole batch -> (mean, invstd) to normalise with; moves the running statistics."""
 
 
-class Gather(Function):
-    """Where data enters: x -> x itself, and the ``(3, C)`` statistics of it."""
+def gather(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Where data enters: ``x`` -> ``x`` itself, and the ``(3, C)`` statistics of it.
 
+    Args:
+        x: ``(N, C, *)``.
+        name: the layer's, for error messages.
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x, _kernels.local_statistics(x)
+    results: tuple[Tensor, Tensor] = _Gather.apply(x, name)  # type: ignore[no-untyped-call]
+    return results
+
+
+def merge(
+    parts: Sequence[Tensor], finish: Finish, weight: Tensor | None, min_var: float, name: str
+) -> tuple[Tensor, ...]:
+    """Where data is reduced: the statistics of all replicas -> ``(2, C)`` mean and invstd for each of them.
+
+    Args:
+        parts: ``(3, C)`` from each replica, in rank order, on its own device.
+        finish: turns the merged statistics into mean and invstd.
+        weight: ``(C,)`` or None, replica 0's.
+        min_var: the floor of the variance; 0 for none.
+        name: the layer's, for error messages.
+    """
+    results: tuple[Tensor, ...] = _Merge.apply(finish, weight, min_var, name, *parts)  # type: ignore[no-untyped-call]
+    return results
+
+
+def apply(x: Tensor, mean_invstd: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
+    """Where data leaves: ``x``, and ``(2, C)`` mean and invstd -> y, as ``x`` in shape, dtype and layout."""
+    y: Tensor = _Apply.apply(x, mean_invstd, weight, bias, name)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         statistics = _kernels.local_statistics(x)
@@ -54,13 +87,10 @@ class Gather(Function):
             return dy, None
         with torch.no_grad():
             dx = _kernels.input_gradient(dy, x, ctx.mean, coefficients)
-        (dx,) = _refuse_second_derivative(ctx.name, [dx], [dy, x, coefficients])
-        return dx, None
+        return _refuse_second_derivative(ctx.name, [dx], [dy, x, coefficients])[0], None
 
 
-class Merge(Function):
-    """Where data is reduced: the statistics of all replicas -> ``(2, C)`` mean and invstd for each of them."""
-
+class _Merge(Function):
     @staticmethod
     def forward(
         ctx: Any, finish: Finish, weight: Tensor | None, min_var: float, name: str, *parts: Tensor
@@ -102,9 +132,7 @@ class Merge(Function):
         return None, None, None, None, *_refuse_second_derivative(ctx.name, wanted, sums)
 
 
-class Apply(Function):
-    """Where data leaves: x, mean and invstd -> y."""
-
+class _Apply(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, mean_invstd: Tensor, weight: Tensor | None, bias: Tensor | None, name: str
@@ -139,7 +167,7 @@ def _refuse_second_derivative(
     if not torch.is_grad_enabled():
         return results
     tensors = [r for r in results if r is not None]
-    refused = iter(_SecondDerivative.apply(name, len(tensors), *tensors, *inputs))
+    refused = iter(_SecondDerivative.apply(name, len(tensors), *tensors, *inputs))  # type: ignore[no-untyped-call]
     return [None if r is None else next(refused) for r in results]
 
 
@@ -152,7 +180,7 @@ class _SecondDerivative(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError(
-            f"expected only first derivatives through {ctx.name}, got a request for a second one: the fused path "
-            "has none. Build the layer with fused=False, or convert_model(model, fused=False), for derivatives "
-            "of any order (gradient penalties, Hessian-vector products)"
+            f"expected only first derivatives through {ctx.name}, got a request for a second one: the fused "
+            "path has none. Build the layer with fused=False, or convert_model(model, fused=False), for "
+            "derivatives of any order (gradient penalties, Hessian-vector products)"
         )

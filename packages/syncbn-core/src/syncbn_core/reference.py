@@ -55,7 +55,9 @@ class BatchNorm2dReimpl(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``(N, C, H, W)``: by its own statistics in training, else by the running ones."""
         mean, var = self._statistics(input) if self.training else (self.running_mean, self.running_var)
-        normalized = (input - unsqueeze_channels(mean, input)) / unsqueeze_channels((var + self.eps).sqrt(), input)
+        normalized = (input - unsqueeze_channels(mean, input)) / unsqueeze_channels(
+            (var + self.eps).sqrt(), input
+        )
         return normalized * unsqueeze_channels(self.weight, input) + unsqueeze_channels(self.bias, input)
 
     def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
