@@ -1,0 +1,185 @@
+"""Every check of this repository, one session each: ``nox -l`` lists them, ``nox -s tests`` runs one.
+
+What a session tests is what a user installs: wheels built from the source distributions, never the checkout.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = False  # skipped with a word, on a CI machine too
+nox.options.download_python = "never"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+PINNED = ("-c", "constraints.txt")
+LAYERS = {  # each package after the layers below it
+    "comm": ("comm",),
+    "core": ("comm", "core"),
+    "parallel": ("comm", "parallel"),
+    "convert": ("comm", "core", "parallel", "convert"),
+}
+ALL_TESTS = (*(f"packages/syncbn-{package}/tests" for package in LAYERS), "tests")
+TEST_TOOLS = ("pytest", "hypothesis")
+DEMO_TOOLS = ("scikit-learn", "tqdm", "matplotlib")
+
+wheels: dict[str, str] = {}  # filled once per run of nox, by the session that first needs them
+
+
+def build_wheels(session: nox.Session) -> None:
+    """Build the source distribution of every package, and its wheel from that."""
+    if wheels:
+        return
+    session.install("build", "hatchling", *PINNED)
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in LAYERS:
+        source = f"packages/syncbn-{package}"
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(DIST), source)
+    for package in LAYERS:
+        (wheel,) = DIST.glob(f"syncbn_{package}-*.whl")
+        wheels[package] = str(wheel)
+
+
+def install_only(session: nox.Session, packages: Iterable[str], versions: Iterable[str] = PINNED) -> None:
+    """Make these packages, by their wheels, the only ones of ours in the session's environment."""
+    build_wheels(session)
+    session.env["PYTHONPATH"] = ""  # a checkout named there would come before the wheels
+    ours = [f"syncbn-{package}" for package in LAYERS]
+    session.run("python", "-m", "pip", "uninstall", "-qq", "--yes", *ours)
+    session.install(*(wheels[package] for package in packages), *versions)
+    show_absent(session, *(f"syncbn_{package}" for package in LAYERS if package not in packages))
+
+
+def show_absent(session: nox.Session, *modules: str) -> None:
+    """Fail where one of these modules can be imported."""
+    look = (
+        "import importlib.util, sys; found = [m for m in sys.argv[1:] if importlib.util.find_spec(m)];"
+        "sys.exit(f'expected not to be installed: {found}' if found else 0)"
+    )
+    session.run("python", "-c", look, *modules)
+
+
+def run_pytest(session: nox.Session, *targets: str) -> None:
+    """Run tests, and the examples in the docstrings of the targets that are packages."""
+    options = ("-m", "not soak", "--doctest-modules", "--pyargs")
+    session.run("python", "-m", "pytest", *options, *targets, *session.posargs)
+
+
+def run_alone(session: nox.Session, package: str) -> None:
+    """Run one package's tests on nothing but the layers below it."""
+    install_only(session, LAYERS[package])
+    run_pytest(session, f"packages/syncbn-{package}/tests", f"syncbn_{package}")
+
+
+def run_together(session: nox.Session, versions: Iterable[str] = PINNED) -> None:
+    """Run every package's tests in one process, and those that need all packages."""
+    install_only(session, LAYERS, versions)
+    run_pytest(session, *ALL_TESTS)
+
+
+@nox.session
+@nox.parametrize(
+    ("python", "suite"),
+    [nox.param(version, "comm", id=f"comm-{version}") for version in ("3.11", "3.12", "3.13")]
+    + [nox.param(None, "torch", id="torch")],
+)
+def tests(session: nox.Session, suite: str) -> None:
+    """Test each package alone, on its wheel and those of the layers below it, then all four together."""
+    if suite == "comm":
+        session.install(*TEST_TOOLS, *PINNED)
+        show_absent(session, "torch")
+        run_alone(session, "comm")
+        return
+    session.install(*TEST_TOOLS, *DEMO_TOOLS, "numpy", "torch", *PINNED)
+    for package in ("core", "parallel", "convert"):
+        run_alone(session, package)
+    run_together(session)
+
+
+@nox.session(venv_backend="none")
+def gpu_tests(session: nox.Session) -> None:
+    """Run what is marked `gpu`, each package alone and all together, with the torch that this machine has."""
+    # The torch that fits this machine's driver is the one installed on it, and there may be no network: so
+    # nothing is installed here, and the path names the sources.
+    python = python_with_cuda()
+    if python is None:
+        session.skip("no Python here has a torch that sees a CUDA device")
+
+    def run(packages: Iterable[str], *targets: str) -> None:
+        path = os.pathsep.join(str(ROOT / f"packages/syncbn-{package}/src") for package in packages)
+        no_tests_collected = 5  # comm has none that need a GPU
+        session.run(
+            *(python, "-m", "pytest", "-m", "gpu", *targets, *session.posargs),
+            env={"PYTHONPATH": path},
+            external=True,
+            success_codes=[0, no_tests_collected],
+        )
+
+    for package, layers in LAYERS.items():
+        run(layers, f"packages/syncbn-{package}/tests")
+    run(LAYERS, *ALL_TESTS)
+
+
+def python_with_cuda() -> str | None:
+    """Find the first of nox's own Python and those on the path whose torch sees a CUDA device."""
+    look = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    for python in (sys.executable, shutil.which("python3"), shutil.which("python")):
+        if python and subprocess.run([python, "-c", look], capture_output=True, check=False).returncode == 0:
+            return python
+    return None
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train on handwritten digits: whole batch, replicas that are synchronized, replicas that are not."""
+    session.install(*DEMO_TOOLS, "torch", *PINNED)
+    install_only(session, LAYERS)
+    session.run("python", "examples/digits.py", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the style of every Python file."""
+    session.install("ruff", *PINNED)
+    session.run("ruff", "check", *session.posargs)
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check the types of every package, and of a program that calls it as installed."""
+    session.install("mypy", "torch", *PINNED)
+    install_only(session, LAYERS)
+    for package in LAYERS:
+        session.run("mypy", f"packages/syncbn-{package}/src")
+        session.run("mypy", f"packages/syncbn-{package}/tests/typed_caller.py")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build source distributions and wheels of all packages into dist/."""
+    build_wheels(session)
+
+
+@nox.session(python="3.11")
+def minimums(session: nox.Session) -> None:
+    """Test all packages on the lowest versions that they support."""
+    # The wheels of this torch import only beside the CUDA libraries they were built for: 5 GB.
+    lowest = ("torch==2.4.0", "numpy==1.26.4")
+    session.install(*TEST_TOOLS, *lowest)
+    run_together(session, lowest)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Run a million rounds of the comm layer and watch memory and threads."""
+    session.install(*TEST_TOOLS, *PINNED)
+    install_only(session, ["comm"])
+    session.run("python", "-m", "pytest", "-m", "soak", "-s", "packages/syncbn-comm/tests", *session.posargs)
