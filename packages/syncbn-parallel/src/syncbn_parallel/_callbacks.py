@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from types import EllipsisType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from syncbn_comm import ReplicaGroup
-from syncbn_parallel._failures import join_group
+from syncbn_parallel._failures import join_group, refuse_backward
 from syncbn_parallel._replicate import named_submodules
 
 _HOOK = "__data_parallel_replicate__"
@@ -20,37 +20,35 @@ _HOOK = "__data_parallel_replicate__"
 class CallbackContext:
     """What the copies of one sub-module share during one forward.
 
-    Attributes:
-        name: the sub-module's qualified name in the model, ``'layer3.1.bn2'``; ``''`` for the model itself. A module that
-            has several names goes by the first, as in ``named_modules()``.
-        devices: the ``torch.device`` of each replica, by rank.
-        group: the :class:`syncbn_comm.ReplicaGroup` of this forward; its members are the replicas, by rank.
-
     A callback may hang any further attribute on it, for the other copies to find.
+
+    Attributes:
+        name: the sub-module's qualified name in the model, such as ``'layer3.1.bn2'``; ``''`` for the model
+            itself. A module with several names goes by the first, as in ``named_modules()``.
+        num_replicas: how many replicas this forward has; for a small batch, fewer than the model has devices.
+        devices: the ``torch.device`` of each replica, by rank.
+        group: the :class:`syncbn_comm.ReplicaGroup` whose members, by rank, are the replicas.
     """
 
     def __init__(self, name: str, devices: tuple[torch.device, ...], group: ReplicaGroup) -> None:
         self.name = name
+        self.num_replicas = len(devices)
         self.devices = devices
         self.group = group
 
-    @property
-    def num_replicas(self) -> int:
-        """The number of replicas in this forward: of a small batch, fewer than the model has devices."""
-        return len(self.devices)
-
-    def __getattr__(self, name: str) -> Any:  # for type checkers: users' attributes have any type
-        raise AttributeError(f"no callback has set {name!r} on the context of {self.name!r}")
+    # Also tells type checkers that there may be any attribute.
+    def __getattr__(self, attribute: str) -> Any:
+        raise AttributeError(f"no callback has set {attribute!r} on the context of {self.name!r}")
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(name={self.name!r}, num_replicas={self.num_replicas})"
+        return f"CallbackContext(name={self.name!r}, num_replicas={self.num_replicas})"
 
 
 class ReplicationCallback(Protocol):
     """A module that wants to know when it has been replicated."""
 
     def __data_parallel_replicate__(self, ctx: CallbackContext, copy_id: int) -> object:
-        """Learn that this is copy ``copy_id`` (0 is the master) of the sub-module that ``ctx`` is about."""
+        """Learn that this is copy ``copy_id``, 0 being the master, of the sub-module that ``ctx`` names."""
 
 
 def execute_replication_callbacks(
@@ -59,20 +57,20 @@ def execute_replication_callbacks(
     group: ReplicaGroup | None = None,
     devices: Sequence[torch.device] | None = None,
 ) -> None:
-    """Call ``__data_parallel_replicate__(ctx, copy_id)`` on every sub-module of every replica that defines it.
+    """Call ``__data_parallel_replicate__(ctx, copy_id)`` on every sub-module of every replica that has it.
 
-    The copies of a sub-module get the same :class:`CallbackContext`, one of their own per forward. Replica 0's sub-modules are
-    called first, so whatever the master hangs on the context is there when its copies are called. Like
-    other special methods, the callback is looked up on the class.
+    The copies of one sub-module get one :class:`CallbackContext`. The sub-modules of replica 0 are called
+    first, so what the master hangs on the context is there when its copies are called. Like other special
+    methods, the callback is looked up on the class.
 
     Args:
         modules: the replicas of one module, master first.
-        group: the replicas' rendezvous in the forward to come; None makes one.
+        group: where the replicas meet in the forward to come; None makes a group.
         devices: where the replicas live; None asks the first parameter or buffer of each.
 
     Raises:
-        ValueError: the replicas have different numbers of sub-modules, or ``group`` or ``devices`` is of another
-            size than ``modules``.
+        ValueError: the replicas differ in their number of sub-modules, or there is not one member of
+            ``group`` and one of ``devices`` for each of them.
 
     Example:
         >>> from torch import nn
@@ -87,8 +85,9 @@ def execute_replication_callbacks(
     """
     if not modules:
         return
-    group = group or ReplicaGroup(len(modules))
-    places = tuple(devices or map(device_of, modules))
+    if group is None:
+        group = ReplicaGroup(len(modules))
+    places = tuple(map(device_of, modules)) if devices is None else tuple(devices)
     if not len(modules) == group.world_size == len(places):
         raise ValueError(
             f"expected a group and devices for {len(modules)} replicas, "
@@ -101,24 +100,29 @@ def execute_replication_callbacks(
     if not any(contexts):
         return
     for copy_id, replica in enumerate(modules):
-        submodules = named_submodules(replica)
-        if len(submodules) != len(contexts):
+        copies = named_submodules(replica)
+        if len(copies) != len(contexts):
             raise ValueError(
                 f"expected replicas of one module, got {len(contexts)} sub-modules in replica 0 "
-                f"and {len(submodules)} in replica {copy_id}"
+                f"and {len(copies)} in replica {copy_id}"
             )
-        for (_, module), context in zip(submodules, contexts):
+        for context, (_, copy) in zip(contexts, copies):
             if context is not None:
-                module.__data_parallel_replicate__(context, copy_id)
+                cast(ReplicationCallback, copy).__data_parallel_replicate__(context, copy_id)
 
 
 def introduce(
     replicas: Sequence[nn.Module], devices: Sequence[torch.device], timeout: float | EllipsisType | None = ...
 ) -> None:
-    """Make the replicas of one forward a group: they know of each other, and their calls are its members."""
+    """Make the replicas of one forward a group: call their callbacks, and let them succeed or fail together.
+
+    Raises:
+        RuntimeError: a backward pass runs this forward.
+    """
+    refuse_backward()
     group = ReplicaGroup(len(replicas), timeout)
     execute_replication_callbacks(replicas, group=group, devices=devices)
-    join_group(replicas, group, devices)
+    join_group(replicas, devices, group)
 
 
 def device_of(module: nn.Module) -> torch.device:

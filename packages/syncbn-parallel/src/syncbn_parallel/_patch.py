@@ -16,12 +16,13 @@ _D = TypeVar("_D", bound="nn.DataParallel[Any]")
 def patch_replication_callback(data_parallel: _D) -> _D:
     """Make the replicas of an ``nn.DataParallel`` know of each other.
 
-    Its ``replicate``, its own or an overridden one, is followed by the replication callbacks, and a replica that fails reaches the others,
-    whatever its ``parallel_apply`` does. Only this object changes. Patching it twice changes nothing more, and neither
-    does patching a :class:`DataParallelWithCallback`, which does all this by itself.
+    Its ``replicate``, overridden or not, is followed by the replication callbacks, and a replica that fails
+    reaches the others whatever its ``parallel_apply`` does. Only this object changes, and its copies and
+    pickles. Patching it again changes nothing, and neither does patching a
+    :class:`DataParallelWithCallback`.
 
     Args:
-        data_parallel: an instance of ``nn.DataParallel`` or of a subclass.
+        data_parallel: an ``nn.DataParallel``, or an instance of a subclass.
 
     Returns:
         The same object.
@@ -37,23 +38,21 @@ def patch_replication_callback(data_parallel: _D) -> _D:
     if not isinstance(data_parallel, nn.DataParallel):
         raise TypeError(
             f"expected an nn.DataParallel, got {type(data_parallel).__name__}; "
-            "wrap the module in nn.DataParallel, or in DataParallelWithCallback, first"
+            "wrap the module in nn.DataParallel first, or in DataParallelWithCallback and leave out this call"
         )
-    own = data_parallel.__dict__.get("replicate")
-    if not isinstance(data_parallel, DataParallelWithCallback) and not isinstance(
-        own, _ReplicateWithCallback
-    ):
-        data_parallel.__dict__["replicate"] = _ReplicateWithCallback(data_parallel.replicate)
+    original = data_parallel.replicate
+    if not isinstance(data_parallel, DataParallelWithCallback) and not isinstance(original, _WithCallbacks):
+        data_parallel.__dict__["replicate"] = _WithCallbacks(original)
     return data_parallel
 
 
-class _ReplicateWithCallback:
-    """A ``replicate`` followed by the callbacks; an object, so that copies and pickles of its owner take it along."""
+class _WithCallbacks:
+    """A ``replicate`` that is followed by the callbacks: an object, as a closure could not be pickled."""
 
-    def __init__(self, replicate: Callable[[nn.Module, Sequence[Any]], list[nn.Module]]) -> None:
+    def __init__(self, replicate: Callable[[Any, Sequence[Any]], list[Any]]) -> None:
         self._replicate = replicate
 
     def __call__(self, module: nn.Module, device_ids: Sequence[Any]) -> list[nn.Module]:
-        replicas = self._replicate(module, device_ids)
+        replicas: list[nn.Module] = self._replicate(module, device_ids)
         introduce(replicas, list(map(device_of, replicas)))
         return replicas

@@ -1,15 +1,15 @@
 """Replicas of a module on any devices, several on one device included.
 
-The layers in here never look at a device's kind: a tensor that already lives where a replica wants it is
-shared, every other one is copied by a differentiable copy. So gradients arrive in the module that was replicated,
-whichever way its replicas are spread.
+Nothing here looks at what kind of device it has, but for one faster way between GPUs. A tensor that lives
+where a replica wants it is shared, any other is copied by a differentiable copy. So the gradients arrive in
+the module that was replicated, wherever its replicas are.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from torch.nn.parallel._functions import Broadcast
 
 _M = TypeVar("_M", bound=nn.Module)
 
-# One device's tensors, by the identity of the base module's tensor that each of them stands for.
+# One device's tensors; the key is the id of the module's own tensor that each of them stands for.
 _Tensors = dict[int, Tensor]
+
+_STOCK_COPY = nn.Module._replicate_for_data_parallel
 
 
 def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_M]:
@@ -26,14 +28,15 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
 
     What a replica holds:
 
-    - Parameters: on the device where the module lives, the module's own ``nn.Parameter`` objects, so that the gradients of
-      all replicas there add up in them. On another device, differentiable copies, shared by that device's
-      replicas; they are no leaves, yet ``replica.parameters()`` lists them.
-    - Buffers: replica 0 holds the module's own, so an in-place update lasts. Every other replica has copies of its own;
-      where a buffer requires grad, its copies are differentiable.
-    - Sub-modules: a replica each, made by the sub-module's ``_replicate_for_data_parallel()``. What is shared inside the module
-      (a module under two names, tied weights) is shared inside a replica.
-    - Everything else by reference, as :func:`torch.nn.parallel.replicate` does.
+    - Parameters: on the device where the module lives, the module's own ``nn.Parameter`` objects, so that the
+      gradients of all replicas there add up in them. On another device, differentiable copies, shared by the
+      replicas there; they are no leaves, yet ``replica.parameters()`` lists them.
+    - Buffers: replica 0 holds the module's own, so its in-place updates last. Every other replica has
+      copies of its own, differentiable where the buffer requires grad.
+    - Sub-modules: a replica of each, made by its ``_replicate_for_data_parallel()``. What is shared inside
+      the module (a module under two names, tied weights) is shared inside a replica.
+    - Everything else by reference. Compiled code belongs to the module it was compiled for: a replica of a
+      compiled module runs uncompiled.
 
     Args:
         module: the module to replicate. It stays as it is.
@@ -56,7 +59,7 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
         (True, False)
     """
     targets = [as_device(device) for device in devices]
-    modules = [m for _, m in named_submodules(module)]
+    modules = [submodule for _, submodule in named_submodules(module)]
     parameters = _by_device((p for m in modules for p in m._parameters.values()), targets)
     buffers = _by_device((b for m in modules for b in m._buffers.values()), targets)
     replicas = []
@@ -64,77 +67,97 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
         own_buffers = buffers[device]
         if rank > 0:
             used = device in targets[:rank]
-            own_buffers = {k: b.clone() if used or k == id(b) else b for k, b in own_buffers.items()}
-        replicas.append(_assemble(modules, parameters[device], own_buffers))
-    return replicas  # type: ignore[return-value]  # modules[0] is `module`, an _M
+            own_buffers = {key: b.clone() if used or id(b) == key else b for key, b in own_buffers.items()}
+        replicas.append(cast(_M, _assemble(modules, parameters[device], own_buffers)))
+    return replicas
 
 
 def as_device(device: int | str | torch.device) -> torch.device:
-    """Return ``device`` as a ``torch.device``; an ``int`` is the number of a CUDA device."""
+    """Return ``device`` as a ``torch.device`` that compares equal to that of the tensors there."""
     if isinstance(device, int):
         return torch.device("cuda", device)
     device = torch.device(device)
     if device.type == "cpu":
-        return torch.device("cpu")  # "cpu:0" names the same device but does not compare equal to it
+        return torch.device("cpu")
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     return device
 
 
 def named_submodules(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return what ``root.named_modules()`` yields; its chain of nested generators costs a multiple on deep modules."""
+    """Return what ``root.named_modules()`` yields, without its chain of generators, one per level."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-    pending: list[tuple[str, nn.Module]] = [("", root)]
+    pending = [("", root)]
     while pending:
         name, module = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        found.append((name, module))
-        prefix = f"{name}." if name else ""
-        pending += [
-            (prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None
-        ]
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append((name, module))
+            prefix = f"{name}." if name else ""
+            children = reversed(module._modules.items())
+            pending += [(prefix + key, child) for key, child in children if child is not None]
     return found
 
 
 def _by_device(tensors: Iterable[Tensor | None], devices: list[torch.device]) -> dict[torch.device, _Tensors]:
-    """Return for each device the tensors themselves, where they live there, and differentiable copies of the others."""
+    """Return the tensors for each device: themselves where they live there, else differentiable copies."""
     originals = {id(t): t for t in tensors if t is not None}
     homes = {t.device for t in originals.values()}
     away = [device for device in dict.fromkeys(devices) if homes != {device}]
-    on_device = dict.fromkeys(devices, originals)
+    found = dict.fromkeys(devices, originals)
     if len(homes) == 1 and len(away) > 1 and all(d.type == "cuda" for d in (*homes, *away)):
-        # One node and a few large transfers for all tensors and devices. It wants the source's device first.
+        # One node and a few large transfers for all tensors and devices; it wants their own device first.
         indices = [device.index for device in (*homes, *away)]
-        copies = iter(Broadcast.apply(indices, *originals.values()))
-        rows = [
-            dict(zip(originals, copies)) for _ in indices
-        ]  # zip asks its first argument first: nothing is lost
-        on_device |= dict(zip(away, rows[1:]))
+        copies = Broadcast.apply(indices, *originals.values())  # type: ignore[no-untyped-call]
+        for i, device in enumerate(away, start=1):
+            found[device] = dict(zip(originals, copies[i * len(originals) : (i + 1) * len(originals)]))
     else:
-        on_device |= {d: {key: t.to(d, non_blocking=True) for key, t in originals.items()} for d in away}
-    return on_device
+        for device in away:
+            found[device] = {key: t.to(device, non_blocking=True) for key, t in originals.items()}
+    return found
 
 
 def _assemble(modules: list[nn.Module], parameters: _Tensors, buffers: _Tensors) -> nn.Module:
-    """Build one replica of ``modules[0]`` from one replica of each module and the tensors that it is to hold."""
-    replicas = {id(module): module._replicate_for_data_parallel() for module in modules}
+    """Build one replica of ``modules[0]`` from a copy of each module and the tensors that it is to hold."""
+    copies = {id(module): _copy(module) for module in modules}
     for module in modules:
-        replica = replicas[id(module)]
-        # Written past nn.Module.__setattr__: it would refuse a tensor that is no leaf as a parameter, and it is slow.
-        state = replica.__dict__
-        state["_modules"] = {k: c if c is None else replicas[id(c)] for k, c in module._modules.items()}
-        state["_parameters"] = {
-            k: p if p is None else parameters[id(p)] for k, p in module._parameters.items()
-        }
-        state["_buffers"] = {k: b if b is None else buffers[id(b)] for k, b in module._buffers.items()}
-        if (
-            "_flat_weights_names" in state
-        ):  # RNNs call their kernels with this list, not with their parameters
-            state["_flat_weights"] = [getattr(replica, name, None) for name in replica._flat_weights_names]
-        forward = state.get("forward")
-        if isinstance(forward, types.MethodType) and forward.__self__ is module:
-            state["forward"] = types.MethodType(forward.__func__, replica)
-    return replicas[id(modules[0])]
+        copy = copies[id(module)]
+        # Past nn.Module.__setattr__, which is slow and refuses a tensor that is no leaf as a parameter.
+        state = copy.__dict__
+        state["_modules"] = {k: None if m is None else copies[id(m)] for k, m in module._modules.items()}
+        state["_parameters"] = _stand_ins(module._parameters, parameters)
+        state["_buffers"] = _stand_ins(module._buffers, buffers)
+        _turn_to_copy(module, copy)
+    return copies[id(modules[0])]
+
+
+def _stand_ins(originals: Mapping[str, Tensor | None], tensors: _Tensors) -> dict[str, Tensor | None]:
+    return {key: None if t is None else tensors[id(t)] for key, t in originals.items()}
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """Return ``module._replicate_for_data_parallel()``.
+
+    nn.Module's own is repeated here: the attributes that it sets one by one are replaced anyway, and setting
+    them takes most of the time of a replication.
+    """
+    kind = type(module)
+    if kind._replicate_for_data_parallel is not _STOCK_COPY:
+        return cast(nn.Module, module._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+    copy: nn.Module = kind.__new__(kind)
+    copy.__dict__.update(module.__dict__, _is_replica=True)
+    return copy
+
+
+def _turn_to_copy(module: nn.Module, copy: nn.Module) -> None:
+    """Turn to ``copy`` what it has taken over from ``module`` and would still work on ``module``."""
+    state = copy.__dict__
+    if "_flat_weights_names" in state:  # an RNN hands this list to its kernels
+        state["_flat_weights"] = [getattr(copy, name, None) for name in state["_flat_weights_names"]]
+    forward = state.get("forward")
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        state["forward"] = types.MethodType(forward.__func__, copy)
+    elif forward is not None and "_orig_mod" in copy._modules:  # the result of torch.compile(module)
+        state["forward"] = copy._modules["_orig_mod"]
+    state.pop("_compiled_call_impl", None)  # left by module.compile()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_Path = str
-
 
 def scatter_kwargs(
     inputs: tuple[Any, ...], kwargs: dict[str, Any] | None, devices: Sequence[torch.device], dim: int = 0
-) -> tuple[list[tuple[Any, ...]], list[dict[str, Any]]]:
+) -> tuple[tuple[tuple[Any, ...], ...], tuple[dict[str, Any], ...]]:
     """Split the arguments of one call into those of several.
 
     Every tensor in tuples, lists, dicts and named tuples, at any depth, is split along ``dim`` into at most
-    ``len(devices)`` chunks of equal size, the last one perhaps smaller, as by ``torch.chunk``; the chunks move to their devices.
-    Everything else goes to every replica as it is.
+    ``len(devices)`` chunks, all of one size but for a smaller last one; the chunks move to their devices.
+    Everything else goes to every replica as it is. Tensors may differ in size, as long as they make equally
+    many chunks; an empty one goes with any others.
 
     Args:
         inputs: positional arguments.
@@ -28,37 +28,37 @@ def scatter_kwargs(
         dim: the batch dimension.
 
     Returns:
-        The positional and the keyword arguments of each replica. There are as many as there are chunks, which may be fewer than devices;
-        one for an empty batch, none where there is no argument at all, one per device where none of them has a tensor.
+        The positional and the keyword arguments of each call. There are as many calls as chunks: fewer than
+        devices for a small batch, one for an empty one, as many as devices where no argument has a tensor.
+        There is none where there is no argument.
 
     Raises:
-        ValueError: a tensor does not have dimension ``dim``, or two tensors make different numbers of chunks, so that a part of one
-            would be lost.
+        ValueError: a tensor has no dimension ``dim``, or two tensors make different numbers of chunks.
     """
-    arguments = (inputs, kwargs or {})
+    arguments = (tuple(inputs), dict(kwargs or {}))
     if not any(arguments):
-        return [], []
+        return (), ()
     counts = {
         path: _chunk_count(tensor, len(devices), dim, path)
-        for name, argument in zip(("inputs", "kwargs"), arguments)
-        for path, tensor in _tensors(argument, name)
+        for value, name in zip(arguments, ("inputs", "kwargs"))
+        for path, tensor in _tensors(value, name)
     }
-    if len(set(counts.values())) > 1:
+    distinct = {count for count in counts.values() if count > 0} or ({1} if counts else {len(devices)})
+    if len(distinct) > 1:
         raise ValueError(
-            f"expected tensors that split alike along dim {dim} over {len(devices)} devices, got "
-            + ", ".join(f"{count} chunks of {path}" for path, count in counts.items())
-            + "; what every replica needs whole belongs in a buffer of the module"
+            f"expected tensors that make equally many chunks along dim {dim}, got "
+            + ", ".join(f"{count} of {path}" for path, count in counts.items())
+            + "; a tensor that every replica needs whole belongs into a buffer of the module"
         )
-    count = next(iter(counts.values()), len(devices))
-    chunks = _split(arguments, devices[:count], dim)
-    return [own[0] for own in chunks], [own[1] for own in chunks]
+    calls = _split(arguments, devices[: distinct.pop()], dim)
+    return tuple(own for own, _ in calls), tuple(own for _, own in calls)
 
 
 def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
-    """Join the replicas' outputs, container by container, into one on ``device``.
+    """Join the outputs of the replicas, container by container, into one on ``device``.
 
-    Tensors are concatenated along ``dim``, scalars (0-dimensional tensors) to a vector with one entry per replica. Everything else has to
-    be the same in all replicas, and stays what it is.
+    Tensors are concatenated along ``dim``, scalars (0-dimensional tensors) become a vector with one entry per
+    replica. Everything else has to be the same in all replicas, and stays what it is.
 
     Args:
         outputs: what each replica returned, in rank order.
@@ -66,22 +66,13 @@ def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
         dim: the batch dimension.
 
     Raises:
-        ValueError: the outputs differ in structure or in something that is not a tensor. The message says where.
+        ValueError: the outputs differ in structure, or in something that is no tensor. The message says
+        where.
     """
-    return _join(list(outputs), device, dim, "output")
+    return _join(outputs, device, dim, "the output")
 
 
-def _is_named_tuple(value: object) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "_fields")
-
-
-def _rebuild_dict(like: dict[Any, Any], items: Iterator[tuple[Any, Any]]) -> dict[Any, Any]:
-    if isinstance(like, defaultdict):
-        return type(like)(like.default_factory, items)
-    return type(like)(items)
-
-
-def _tensors(value: Any, path: _Path) -> Iterator[tuple[_Path, Tensor]]:
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, (tuple, list)):
@@ -92,14 +83,16 @@ def _tensors(value: Any, path: _Path) -> Iterator[tuple[_Path, Tensor]]:
             yield from _tensors(item, f"{path}[{key!r}]")
 
 
-def _chunk_count(tensor: Tensor, most: int, dim: int, path: _Path) -> int:
+def _chunk_count(tensor: Tensor, most: int, dim: int, path: str) -> int:
+    """Return how many chunks ``Tensor.chunk`` makes; 0 stands for any number, of an empty tensor."""
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(
-            f"expected a tensor with a batch dimension {dim}, got shape {tuple(tensor.shape)} in {path}; "
-            "pass a number, or keep it in a buffer of the module"
+            f"expected a tensor with a batch dimension {dim}, got one of shape {tuple(tensor.shape)} "
+            f"in {path}; pass a number, or make it a buffer of the module"
         )
     size = tensor.size(dim)
-    return -(-size // -(-size // most)) if size else 1
+    chunk_size = -(-size // most)
+    return -(-size // chunk_size) if size else 0
 
 
 def _split(value: Any, devices: Sequence[torch.device], dim: int) -> list[Any]:
@@ -109,49 +102,49 @@ def _split(value: Any, devices: Sequence[torch.device], dim: int) -> list[Any]:
         return [chunk.to(device, non_blocking=True) for chunk, device in zip(chunks, devices, strict=True)]
     if isinstance(value, (tuple, list)) and value:
         rows = zip(*(_split(item, devices, dim) for item in value))
-        if _is_named_tuple(value):
-            return [type(value)(*row) for row in rows]
-        return [list(row) if isinstance(value, list) else row for row in rows]
+        return [_rebuild_sequence(value, row) for row in rows]
     if isinstance(value, dict) and value:
         rows = zip(*(_split(item, devices, dim) for item in value.values()))
         return [_rebuild_dict(value, zip(value, row)) for row in rows]
     return [value] * len(devices)
 
 
-def _join(parts: list[Any], device: torch.device, dim: int, path: _Path) -> Any:
+def _join(parts: Sequence[Any], device: torch.device, dim: int, path: str) -> Any:
     first = parts[0]
-    if any(type(part) is not type(first) for part in parts):
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise ValueError(f"expected one type from all replicas, got {kinds} as {path}")
+    _check_alike([Tensor if isinstance(part, Tensor) else type(part) for part in parts], "type", path)
     if isinstance(first, Tensor):
-        return _join_tensors(parts, device, dim, path)
+        _check_alike([part.dim() == 0 for part in parts], "kind of tensor, scalar or not,", path)
+        here = [part.to(device, non_blocking=True) for part in parts]
+        return torch.cat(here, dim) if first.dim() else torch.stack(here)
     if isinstance(first, (tuple, list)):
-        _check_alike(list(map(len, parts)), "length", path)
-        items = [_join(list(row), device, dim, f"{path}[{i}]") for i, row in enumerate(zip(*parts))]
-        return type(first)(*items) if _is_named_tuple(first) else type(first)(items)
+        _check_alike([len(part) for part in parts], "length", path)
+        rows = enumerate(zip(*parts))
+        return _rebuild_sequence(first, [_join(row, device, dim, f"{path}[{i}]") for i, row in rows])
     if isinstance(first, dict):
-        _check_alike([sorted(map(repr, part)) for part in parts], "keys", path)
-        return _rebuild_dict(
-            first, ((key, _join([p[key] for p in parts], device, dim, f"{path}[{key!r}]")) for key in first)
-        )
-    _check_alike(parts, "value", path, hint="; return a tensor to have one entry per replica")
+        _check_alike([part.keys() for part in parts], "keys", path)
+        columns = ((key, [part[key] for part in parts]) for key in first)
+        return _rebuild_dict(first, ((k, _join(c, device, dim, f"{path}[{k!r}]")) for k, c in columns))
+    _check_alike(parts, "value", path, "; return a tensor to have one entry for each")
     return first
 
 
-def _join_tensors(parts: list[Tensor], device: torch.device, dim: int, path: _Path) -> Tensor:
-    scalars = [part.dim() == 0 for part in parts]
-    _check_alike(scalars, "number of dimensions", path)
-    here = [part.to(device, non_blocking=True) for part in parts]
-    return torch.stack(here) if scalars[0] else torch.cat(here, dim)
+def _rebuild_sequence(like: Any, items: Iterable[Any]) -> Any:
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 
 
-def _check_alike(values: list[Any], what: str, path: _Path, hint: str = "") -> None:
+def _rebuild_dict(like: dict[Any, Any], items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    return type(like)(like.default_factory, items) if isinstance(like, defaultdict) else type(like)(items)
+
+
+def _check_alike(values: Sequence[Any], what: str, path: str, hint: str = "") -> None:
     if not all(_same(value, values[0]) for value in values):
-        raise ValueError(f"expected the same {what} from all replicas, got {values} as {path}{hint}")
+        raise ValueError(
+            f"expected the same {what} from every replica, got {reprlib.repr(list(values))} in {path}{hint}"
+        )
 
 
 def _same(left: Any, right: Any) -> bool:
     try:
         return left is right or bool(left == right)
-    except Exception:  # an object that cannot be compared (an array, say) is not known to be the same
+    except Exception:  # of an object that cannot be compared as a whole (an array) it is not known
         return False

@@ -9,29 +9,30 @@ import torch
 
 
 class CallerState:
-    """torch's thread-local settings in the thread that makes this object, for other threads to work under.
+    """torch's settings in the thread that makes this object, for the threads of its replicas to work under.
 
-    These are: grad mode, inference mode, the whole autocast state and, for CUDA, the current stream of each device.
+    These are grad mode, inference mode, the autocast state and, for CUDA, the current stream of each device.
 
-    One thing differs. torch keeps one cache of autocast's casts for the whole process, by parameter. Replicas on one
-    device share their parameters: which of them finds the other's cast there would be a matter of luck, and with it
-    the precision in which the gradients of a parameter add up. So their cache is off.
+    In one thing they differ. torch keeps one cache of autocast's casts, by parameter, for the whole process.
+    Replicas on one device share their parameters, so it would be luck whether one finds the other's cast
+    there, and with it whether their gradients add up in the cast's precision or the parameter's. Theirs is
+    off.
 
     Args:
         devices: where the replicas run, one entry per replica.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        kinds = sorted({"cpu", "cuda", *(device.type for device in devices)})
-        self._autocast = _Autocast([kind for kind in kinds if torch.amp.is_autocast_available(kind)])
-        self._autocast.cache &= len(set(devices)) == len(devices)
+        kinds = {"cpu", "cuda", *(device.type for device in devices)}
+        self._autocast = _Autocast([kind for kind in sorted(kinds) if torch.amp.is_autocast_available(kind)])
+        self._autocast.cached &= len(set(devices)) == len(devices)
         self._grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._streams = {d: torch.cuda.current_stream(d) for d in devices if d.type == "cuda"}
 
     @contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
-        """Work under these settings, for a replica on ``device``; afterwards the thread has its own ones back."""
+        """Work under these settings for a replica on ``device``; the thread has its own back afterwards."""
         with ExitStack() as stack:
             if device in self._streams:
                 stack.enter_context(torch.cuda.device(device))
@@ -47,18 +48,17 @@ class _Autocast:
     """The autocast state of the thread that makes this object, for some kinds of device."""
 
     def __init__(self, kinds: list[str]) -> None:
-        self.kinds = {
-            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
-        }
-        self.cache = torch.is_autocast_cache_enabled()
+        self._kinds = {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds}
+        self.cached = torch.is_autocast_cache_enabled()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        own = _Autocast(list(self.kinds))
+        own = _Autocast(list(self._kinds))
         self._set()
-        # Whoever leaves the outermost autocast block of its thread empties the cache of all threads. Counted as being inside
-        # one, a replica that leaves a block of its own does not do that to the caller.
-        inside = any(enabled for enabled, _ in self.kinds.values())
+        # Leaving a thread's outermost autocast block empties the cache of the process. The caller's block
+        # is the outermost one: a replica that leaves one of its own must not empty the cache that the
+        # caller fills.
+        inside = any(enabled for enabled, _ in self._kinds.values())
         if inside:
             torch.autocast_increment_nesting()
         try:
@@ -69,7 +69,7 @@ class _Autocast:
             own._set()
 
     def _set(self) -> None:
-        for kind, (enabled, dtype) in self.kinds.items():
+        for kind, (enabled, dtype) in self._kinds.items():
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.cache)
+        torch.set_autocast_cache_enabled(self.cached)

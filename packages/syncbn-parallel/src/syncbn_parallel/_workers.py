@@ -1,8 +1,8 @@
-"""Lasting worker threads that run the replicas of one forward after the other.
+"""Lasting threads that run the replicas of one forward after the other.
 
-A fresh thread per replica and forward would pay for a new OpenMP team every time. So threads are kept, process-wide, and lent
-to a forward. A forward inside a worker borrows further ones: no job ever queues behind another, so none can wait
-for one that has not begun.
+A fresh thread per replica and forward would start a new OpenMP team each time. So threads are kept, for the
+whole process, and lent out. A forward inside one of them borrows further ones: no call ever queues behind
+another, so none can wait for one that has not begun.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from syncbn_parallel._sequence import raise_sequence_number, sequence_number
 
 
 class Job:
-    """One call on a worker thread; once it has ended, its ``result`` or the ``error`` that it raised."""
+    """A call on a worker thread. When it has ended it has a ``result``, or the ``error`` that it raised."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
+        self.result: Any = None
+        self.error: BaseException | None = None
         self.started = False
         self.ended = threading.Lock()  # held until the worker has let go of this job
         self.ended.acquire()
-        self.result: Any = None
-        self.error: BaseException | None = None
 
     def run(self) -> None:
+        """Make the call."""
         call = self._call
-        del self._call  # it holds the arguments; the job may live on in a traceback
+        del self._call  # with its arguments: the job of a failed call lives on in the traceback
         try:
             self.result = call()
         except BaseException as error:
             self.error = error
 
     def wait(self) -> None:
+        """Wait until the worker has let go of this job; any number of times."""
         with self.ended:
             pass
 
@@ -45,16 +47,17 @@ class Job:
 def run_all(
     calls: Sequence[Callable[[], Any]], share: int, on_interrupt: Callable[[BaseException], None]
 ) -> list[Job]:
-    """Run every call at once, each on a worker thread of its own, and wait until the last one has ended.
+    """Make all calls at once, each on a worker thread of its own, and wait until the last has ended.
 
     Args:
         calls: what to run.
         share: the number of intra-op threads that each call may use.
-        on_interrupt: called in this thread with an exception that arrives while it waits (``KeyboardInterrupt``, say).
-            It is to make the calls end; the exception is raised once they have. A second one is raised at once.
+        on_interrupt: called with an exception that reaches this thread while it waits
+            (``KeyboardInterrupt``). It is to make the calls end. Once they have, the exception is raised; a
+            second one is at once.
 
     Returns:
-        The jobs, in the order of ``calls``. What a call raised is in its job.
+        The jobs, in the order of ``calls``. What a call has raised is in its job.
     """
     jobs = [Job(call) for call in calls]
     workers = _pool.borrow(len(jobs), share)
@@ -79,24 +82,24 @@ def run_all(
 
 
 class _Worker:
-    """One thread. It owes its number of intra-op threads to its birth: changing it tears an OpenMP team down."""
+    """A thread for one job at a time."""
 
     def __init__(self, share: int) -> None:
         self.share = share
         self.sequence_number = 0
-        self._job: Job  # only from start() until the thread takes it
         self._start_number = 0
+        self._job: Job  # from start() until the thread takes it
         self._wake = threading.Lock()
         self._wake.acquire()
         threading.Thread(target=self._run, name="syncbn-replica", daemon=True).start()
 
-    def start(self, job: Job, sequence_number: int) -> None:
-        self._job, self._start_number = job, sequence_number
-        job.started = True  # directly before the call: nothing can interrupt between the two
+    def start(self, job: Job, start_number: int) -> None:
+        self._job, self._start_number = job, start_number
+        job.started = True  # directly before the release: no signal handler can run in between
         self._wake.release()
 
     def _run(self) -> None:
-        _set_num_threads_of_this_thread(self.share)
+        _pool.limit_this_thread(self.share)
         while True:
             self._wake.acquire()
             job = self._job
@@ -105,53 +108,53 @@ class _Worker:
             job.run()
             self.sequence_number = sequence_number()
             ended = job.ended
-            del job  # nothing of a forward is kept alive by a thread that waits for the next one
+            del job  # a thread that waits for the next forward keeps nothing of the last one alive
             _pool.give_back(self)
             ended.release()
 
 
 class _Pool:
-    """The workers that have nothing to do, by their share of the intra-op threads."""
+    """The workers that have nothing to do, by their number of intra-op threads.
+
+    A worker keeps the number that it was born with, because changing it tears down the thread's OpenMP team.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._limiting = threading.Lock()
         self._idle: defaultdict[int, list[_Worker]] = defaultdict(list)
 
     def borrow(self, number: int, share: int) -> list[_Worker]:
         with self._lock:
             idle = self._idle[share]
-            kept = max(len(idle) - number, 0)
-            idle[kept:], workers = [], idle[kept:]
+            workers = [idle.pop() for _ in range(min(number, len(idle)))]
         return workers + [_Worker(share) for _ in range(number - len(workers))]
 
     def give_back(self, worker: _Worker) -> None:
         with self._lock:
             self._idle[worker.share].append(worker)
 
+    def limit_this_thread(self, share: int) -> None:
+        """Set the number of intra-op threads of this new thread, and of no other.
+
+        ``torch.set_num_threads`` also makes its number the one that every later thread of the process begins
+        with. Another new thread sets back what this one began with.
+        """
+        with self._limiting:
+            default = torch.get_num_threads()
+            torch.set_num_threads(share)
+            restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
+            restorer.start()
+            restorer.join()
+
 
 _pool = _Pool()
 
 
 def _forget_workers() -> None:
-    """Start anew: of all threads only the one that called ``fork`` lives on in a child process."""
+    """Start anew in a child process: of all threads, only the one that called ``fork`` lives on in it."""
     global _pool
     _pool = _Pool()
 
 
 os.register_at_fork(after_in_child=_forget_workers)
-
-_setting_num_threads = threading.Lock()
-
-
-def _set_num_threads_of_this_thread(number: int) -> None:
-    """Set this thread's number of intra-op threads, and nobody else's.
-
-    ``torch.set_num_threads`` also makes its number the one that later threads of the process begin with. A
-    short-lived thread sets back what this one, being new, began with.
-    """
-    with _setting_num_threads:
-        default = torch.get_num_threads()
-        torch.set_num_threads(number)
-        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
-        restore.start()
-        restore.join()
