@@ -115,6 +115,9 @@ class ReplicaGroup:
         Args:
             exc: the failure that everybody's error is raised from.
             rank: the replica that failed, where it is known.
+
+        Raises:
+            SyncError: ``exc`` is not an exception, or there is no such rank (also a ValueError).
         """
         if rank is not None:
             self._check_rank(rank, "rank")
@@ -147,6 +150,8 @@ class Replica:
         return self._party.state is State.LEFT
 
     def __enter__(self) -> Replica:
+        if self.finished:
+            raise MisuseError(f"expected a replica that still runs, got replica {self.rank}, which has left")
         return self
 
     def __exit__(

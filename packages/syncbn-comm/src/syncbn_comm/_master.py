@@ -69,7 +69,8 @@ class SyncMaster:
         name: what error messages call this place, such as ``"layer1.bn1"``.
 
     Raises:
-        SyncError: the time-out is not a positive number of seconds.
+        SyncError: the callback cannot be called, or the time-out is not a positive number of seconds (also a
+            ValueError).
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -85,12 +86,15 @@ class SyncMaster:
     """
 
     def __init__(self, callback: Combine, timeout: Timeout = ..., name: str | None = None) -> None:
+        if not callable(callback):
+            raise MisuseError(f"expected a callback that can be called, got {callback!r:.200}")
         self._callback = callback
         self._timeout = resolve_timeout(timeout)
         self._name = name
         self._begin()
 
     def _begin(self) -> None:
+        self._where = self._name or type(self).__name__
         # Guards which set is the present one.
         self._lock = _party.new_lock()
         self._set = self._empty_set()
@@ -121,11 +125,10 @@ class SyncMaster:
         with self._lock:
             if self._set.calls and not self.broken:
                 self._forget_set("a slave that registered after a finished round has begun a new set")
-            if identifier in self._set.parties:
-                taken = sorted(self._set.parties, key=str)
+            if identifier in self._set.parties and not self.broken:
                 raise MisuseError(
-                    f"expected an identifier other than {taken} at '{self._where}' (0 is the master), "
-                    f"got {identifier!r}"
+                    f"expected an identifier other than {list(self._set.parties)} at '{self._where}' "
+                    f"(0 is the master), got {identifier!r}"
                 )
             return SlavePipe(self._set, self._set.join(identifier), self._where)
 
@@ -169,7 +172,3 @@ class SyncMaster:
     def _forget_set(self, reason: str) -> None:
         self._set.retire(f"this set of slaves of '{self._where}' is forgotten: {reason}; register anew")
         self._set = self._empty_set()
-
-    @property
-    def _where(self) -> str:
-        return self._name or type(self).__name__
