@@ -83,7 +83,8 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
             if len(devices) == 1:
                 module.to(devices[0])
         if output_device is not None:
-            self.output_device = output_device if output_device == -1 else _checked([output_device])[0]
+            on_cpu = output_device == -1
+            self.output_device = -1 if on_cpu else _checked([output_device])[0]  # type: ignore[assignment]
         self.dim = dim
         self.timeout = timeout
 

@@ -59,7 +59,14 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
         (True, False)
     """
     targets = [as_device(device) for device in devices]
-    modules = [submodule for _, submodule in named_submodules(module)]
+    modules = []
+    for name, submodule in named_submodules(module):
+        if isinstance(submodule, torch.jit.ScriptModule):
+            raise RuntimeError(
+                "expected modules of Python code to replicate, got a TorchScript module "
+                f"as {name or 'the model'!r}; replicate what it was scripted or traced from"
+            )
+        modules.append(submodule)
     parameters = _by_device((p for m in modules for p in m._parameters.values()), targets)
     buffers = _by_device((b for m in modules for b in m._buffers.values()), targets)
     replicas = []
