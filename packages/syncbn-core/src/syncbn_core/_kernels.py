@@ -39,26 +39,24 @@ def local_statistics(x: Tensor) -> Tensor:
         mean, m2 = _cuda_mean_and_m2(x, count)
     else:
         return _statistics.local_statistics(x)
-    packed = torch.empty(3, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
-    packed[0], packed[1], packed[2] = mean, m2, count
-    return packed
+    return torch.stack([mean, m2, torch.full_like(mean, count)]).double()
 
 
 def _cpu_mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
-    ones = torch.ones(x.shape[1], dtype=dtype)
     if x.dtype == dtype and x.is_contiguous():
-        mean = sum_over_batch(x) / count
-        m2 = _sum_dy_xmu(x, x, mean, ones)[1]
+        mean = sum_over_batch(x).div_(count)
+        m2 = _cpu_gradient_sums(x, x, mean)[1]
     else:
         # Half inputs get statistics in float32 only if there are running statistics in float32.
-        mean, var = torch.batch_norm_update_stats(x, torch.zeros_like(ones), ones, 0.0)
-        m2 = var * count
-    if (mean * mean * count > _SHIFT_ABOVE**2 * m2).any():
+        running = torch.zeros(2, x.shape[1], dtype=dtype)
+        mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
+        m2 = var.mul_(count)
+    if torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).min() < 0:
         # Not the mean found above: on channels_last it may itself be far off.
         shift = sum_over_batch(x.to(dtype)) / count
         deviation = x.to(dtype) - unsqueeze_channels(shift, x)
-        rest, m2 = _sum_dy_xmu(deviation, deviation, torch.zeros_like(shift), ones)
+        rest, m2 = _cpu_gradient_sums(deviation, deviation, torch.zeros_like(shift))
         rest = rest.double() / count
         return shift.double() + rest, m2.double() - count * rest * rest
     return mean, m2
@@ -98,7 +96,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
     dtype = compute_dtype(x.dtype)
     mean = mean.to(dtype)
     if x.is_cpu:
-        sums = _sum_dy_xmu(dy, x, mean, torch.ones_like(mean))
+        sums = _cpu_gradient_sums(dy, x, mean)
     elif x.is_cuda:
         reduce = torch.batch_norm_backward_reduce
         sums = reduce(dy, x, mean, invstd.to(dtype), None, True, False, False)[:2]
@@ -108,9 +106,10 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
     return torch.stack(sums).to(merge_dtype(x.device))
 
 
-def _sum_dy_xmu(dy: Tensor, x: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
-    # The weight's and bias's gradients of an evaluation-mode batch norm of variance 1.
-    # This kernel divides by the number of samples: with none of them it takes the whole process along.
+def _cpu_gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    # The gradients of bias and weight of an evaluation-mode batch norm of variance 1. This kernel divides by the
+    # number of samples: with none of them it takes the whole process along.
+    ones = torch.ones_like(mean)
     _, sum_dy_xmu, sum_dy = _cpu_backward(
         dy, x, None, mean, ones, None, None, False, 0.0, [False, True, True]
     )
@@ -132,14 +131,14 @@ def input_gradient(dy: Tensor | None, x: Tensor, local_mean: Tensor, coefficient
     if x.numel() == 0:
         return torch.empty_like(x)
     dtype = compute_dtype(x.dtype)
-    a, shift, slope = coefficients.to(dtype)
+    a, shift, slope = coefficients.to(dtype).unbind()
     local_mean = local_mean.to(dtype)
     if x.is_cuda and dy is not None:
         # sum_dy / count and sum_dy_xmu * invstd**2 / count are what the kernel makes of its arguments.
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         ones = torch.ones_like(local_mean)
         return torch.batch_norm_backward_elemt(dy, x, local_mean, ones, a, shift, slope, one)
-    scale, bias = -a * slope, -a * shift
+    _, bias, scale = (coefficients * -coefficients[0]).to(dtype).unbind()
     if not x.is_cpu:
         dx = _statistics.normalize(x, local_mean, scale, None, bias)
     else:

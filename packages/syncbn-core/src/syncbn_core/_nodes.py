@@ -98,16 +98,17 @@ class _Merge(Function):
         device = parts[0].device
         here = [part.to(device, non_blocking=True) for part in parts]
         mean, m2, count = merge_statistics(here)
-        used_mean, invstd = finish(mean, m2, count)
+        mean_invstd = torch.stack(finish(mean, m2, count))
         ctx.name = name
         ctx.devices = [part.device for part in parts]
         ctx.local_means = torch.stack([part[0] for part in here])  # (R, C)
-        ctx.mean, ctx.invstd, ctx.count = mean, invstd, count
+        ctx.mean, ctx.invstd, ctx.count = mean, mean_invstd[1], count
         ctx.weight = weight
         # Where the variance was raised to min_var, invstd does not depend on it.
         ctx.constant_invstd = (m2 < min_var * count) if min_var > 0 else None
         ctx.set_materialize_grads(False)
-        return tuple(torch.stack([used_mean, invstd]).to(d, non_blocking=True) for d in ctx.devices)
+        # An output each, be it of the same storage, so that each replica's sums come back on their own.
+        return tuple(mean_invstd.detach().to(device, non_blocking=True) for device in ctx.devices)
 
     @staticmethod
     def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -116,19 +117,19 @@ class _Merge(Function):
         if not used:
             return (None,) * (4 + len(sums))
         with torch.no_grad():
-            sum_dy, sum_dy_xmu = torch.stack(used).sum(0)  # (C,) each
+            sum_dy, sum_dy_xmu = torch.stack(used).sum(0).unbind()  # (C,) each
             shift = sum_dy / ctx.count
             slope = sum_dy_xmu * ctx.invstd**2 / ctx.count
             if ctx.constant_invstd is not None:
                 slope = slope.masked_fill(ctx.constant_invstd, 0.0)
             a = ctx.invstd if ctx.weight is None else ctx.invstd * ctx.weight
             # Seen from each replica's own mean, (R, C).
-            shifts = shift + slope * (ctx.local_means - ctx.mean)
-            coefficients: list[Tensor | None] = [
-                torch.stack([a, own_shift, slope]).to(device, non_blocking=True)
-                for own_shift, device in zip(shifts, ctx.devices)
+            shifts = torch.addcmul(shift, slope, ctx.local_means - ctx.mean)
+            coefficients = torch.stack([a.expand_as(shifts), shifts, slope.expand_as(shifts)], 1)  # (R, 3, C)
+            wanted = [
+                part.to(device, non_blocking=True) if needed else None
+                for part, device, needed in zip(coefficients.unbind(), ctx.devices, ctx.needs_input_grad[4:])
             ]
-        wanted = [c if need else None for c, need in zip(coefficients, ctx.needs_input_grad[4:])]
         return None, None, None, None, *_refuse_second_derivative(ctx.name, wanted, sums)
 
 
@@ -137,7 +138,7 @@ class _Apply(Function):
     def forward(
         ctx: Any, x: Tensor, mean_invstd: Tensor, weight: Tensor | None, bias: Tensor | None, name: str
     ) -> Tensor:
-        mean, invstd = mean_invstd
+        mean, invstd = mean_invstd.unbind()
         ctx.name = name
         ctx.affine_dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         ctx.save_for_backward(x, mean_invstd, weight)
@@ -151,7 +152,7 @@ class _Apply(Function):
             return None, None, None, None, None
         _, _, need_weight, need_bias, _ = ctx.needs_input_grad
         with torch.no_grad():
-            mean, invstd = mean_invstd
+            mean, invstd = mean_invstd.unbind()
             sums = _kernels.gradient_sums(dy, x, mean, invstd)
             weight_dtype, bias_dtype = ctx.affine_dtypes
             dweight = (sums[1] * invstd).to(weight_dtype) if need_weight else None

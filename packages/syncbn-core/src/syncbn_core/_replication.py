@@ -109,6 +109,7 @@ class Replication:
         """Meet the other replicas, for good or ill."""
         return self._forward.group.member(self.rank).exchange(message, master, where=self.name)
 
+    @torch.no_grad()
     def _recall(self, message: Message) -> Tensor:
         candidates = [a for a in self._agreements if a.with_graph]
         if not candidates:
@@ -124,7 +125,7 @@ class Replication:
         # pass, so the replica's own statistics tell which call it is. They are compared on their device, so
         # that the host does not wait for it.
         own = torch.stack([a.statistics for a in candidates])
-        distance = (own - message.statistics).abs().flatten(1).amax(1)
+        distance = (own - message.statistics).abs().flatten(1).amax(1)  # (calls,)
         nearest = distance.argmin().view(1)
         return torch.stack([a.mean_invstd for a in candidates]).index_select(0, nearest)[0]
 

@@ -110,11 +110,11 @@ def merge_statistics(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         >>> torch.allclose(m2 / count, torch.cat([a, b]).double().var(0, correction=0))
         True
     """
-    means, m2s, counts = torch.stack(list(parts), 1)  # (R, C) each
+    means, m2s, counts = torch.stack(list(parts), 1).unbind()  # (R, C) each
     count = counts.sum(0)
     # An empty union has the mean 0 rather than 0 / 0.
     mean = (counts * means).sum(0) / count.clamp(min=1)
-    m2 = m2s.sum(0) + (counts * (means - mean) ** 2).sum(0)
+    m2 = torch.addcmul(m2s, counts, (means - mean) ** 2).sum(0)
     return mean, m2, count
 
 
