@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from ._edits import Edit, carry_out, substitutions
-from ._layers import EpsMode, layer_options, patch_wrapper, settle, swap_layer
+from ._layers import EpsMode, convert_wrapper, layer_options, settle, swap_layer
 from ._notes import NOTE, BuildNote, SwapNote, build_back, lost_tensors, note_build, swap_back
-from ._registry import Build, Swap
+from ._registry import Build, Swap, Wrap
 from ._survey import Finding, SkipRule, Verdict, called, survey, warn_left_alone
 
 
@@ -72,15 +72,17 @@ def convert_model(
     edits: list[Edit] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for finding in findings:
-        if finding.verdict is not Verdict.CONVERTS:
-            continue
-        if isinstance(finding.conversion, Build):
-            replacement = _build(finding, finding.conversion)
-            if replacement is not finding.module:
-                replacements[finding.module] = replacement
-                edits += _settling(finding, replacement, options)
-        else:
-            edits.append(_change(finding, options))
+        module = finding.module
+        match finding.conversion:
+            case Swap(target):
+                edits.append((module, partial(swap_layer, module, target, options, finding.name)))
+            case Wrap(wrapper):
+                edits.append((wrapper, partial(convert_wrapper, wrapper)))
+            case Build(factory):
+                replacement = _checked(factory(module), finding)
+                if replacement is not module:
+                    replacements[module] = replacement
+                    edits += _settling(finding, replacement, options)
     # Before the first change: where warnings are errors, this one too must leave the model as it is.
     warn_left_alone(findings)
     carry_out(edits + substitutions(model, replacements))
@@ -129,23 +131,14 @@ def revert_model(model: nn.Module) -> nn.Module:
     return originals.get(model, model)
 
 
-def _change(finding: Finding, options: dict[str, Any]) -> Edit:
-    """The edit that converts a module in place."""
-    module, conversion = finding.module, finding.conversion
-    if isinstance(conversion, Swap):
-        return module, partial(swap_layer, module, conversion.target, options, finding.name)
-    return module, partial(patch_wrapper, cast("nn.DataParallel[Any]", module))
-
-
-def _build(finding: Finding, conversion: Build) -> nn.Module:
-    """The module that a registered factory puts in the place of another one."""
-    module = conversion.factory(finding.module)
-    if not isinstance(module, nn.Module):
+def _checked(replacement: object, finding: Finding) -> nn.Module:
+    """What a registered factory returned, if it is a module."""
+    if not isinstance(replacement, nn.Module):
         raise TypeError(
             f"convert_model: expected the factory registered for {type(finding.module).__name__} to return a "
-            f"module for {called(finding.name)}, got {module!r}"
+            f"module for {called(finding.name)}, got {replacement!r}"
         )
-    return module
+    return replacement
 
 
 def _settling(finding: Finding, replacement: nn.Module, options: dict[str, Any]) -> list[Edit]:

@@ -118,7 +118,7 @@ def _row(finding: Finding, process_group: Any) -> Row:
     kind, outcome, over = _Kind.SKIPPED, finding.reason, ""
     if isinstance(module, nn.DataParallel):
         kind = _Kind.WRAPPER
-        outcome = outcome or str(finding.conversion or "replication callbacks")
+        outcome = outcome or str(finding.conversion)
     elif finding.verdict is Verdict.CONVERTS:
         group = vars(module).get("process_group") if process_group is None else process_group
         kind, outcome, over = _Kind.CONVERTED, str(finding.conversion), _scope(group)

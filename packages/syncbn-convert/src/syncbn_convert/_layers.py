@@ -1,4 +1,4 @@
-"""Changing one module in place: a batch norm layer, or a foreign nn.DataParallel."""
+"""Changing one module in place: a batch norm layer, or an nn.DataParallel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from syncbn_core import SynchronizedBatchNorm
-from syncbn_parallel import patch_replication_callback
+from syncbn_parallel import DataParallelWithCallback, patch_replication_callback
 
 from ._notes import note_changes, swap
 from ._registry import SYNCHRONIZED
@@ -45,8 +45,24 @@ def settle(module: nn.Module, training: bool, options: dict[str, Any], name: str
         own[_LAYER_NAME] = name or None
 
 
-def patch_wrapper(wrapper: nn.DataParallel[Any]) -> None:
-    """Give an instance of a subclass of nn.DataParallel replication callbacks, and note what that changed."""
+def convert_wrapper(wrapper: nn.DataParallel[Any]) -> None:
+    """Make a plain nn.DataParallel a DataParallelWithCallback on the same devices; patch a subclass's."""
+    if type(wrapper) is not nn.DataParallel:
+        _patch(wrapper)
+        return
+    # Without a GPU, an nn.DataParallel has no device_ids, output_device or dim, and runs its module alone.
+    like = DataParallelWithCallback(
+        wrapper.module,
+        wrapper.device_ids or None,
+        getattr(wrapper, "output_device", None),
+        getattr(wrapper, "dim", 0),
+    )
+    missing = {name: value for name, value in vars(like).items() if name not in vars(wrapper)}
+    swap(wrapper, type(like), missing, missing)
+
+
+def _patch(wrapper: nn.DataParallel[Any]) -> None:
+    """Give one nn.DataParallel replication callbacks, and note what that changed."""
     before, origin = dict(vars(wrapper)), type(wrapper)
     patch_replication_callback(wrapper)
     note_changes(wrapper, origin, before)

@@ -123,7 +123,7 @@ def build_back(replacement: nn.Module, note: BuildNote) -> None:
 def _tensors(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Where every parameter and buffer is: qualified name -> (the dict that holds it, its key there)."""
     return {
-        f"{prefix}.{key}": (slots, key)
+        f"{prefix}.{key}".removeprefix("."): (slots, key)
         for prefix, owner in module.named_modules()
         for slots in (owner._parameters, owner._buffers)
         for key, tensor in slots.items()

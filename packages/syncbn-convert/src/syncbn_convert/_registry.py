@@ -16,6 +16,7 @@ from syncbn_core import (
     SynchronizedBatchNorm2d,
     SynchronizedBatchNorm3d,
 )
+from syncbn_parallel import DataParallelWithCallback
 
 SYNCHRONIZED = (
     SynchronizedBatchNorm1d,
@@ -45,7 +46,18 @@ class Build:
         return f"what {getattr(self.factory, '__qualname__', repr(self.factory))} returns"
 
 
-Conversion = Swap | Build
+@dataclass(frozen=True)
+class Wrap:
+    """An nn.DataParallel, or an instance of a subclass, gets replication callbacks."""
+
+    wrapper: nn.DataParallel[Any]
+
+    def __str__(self) -> str:
+        exact = type(self.wrapper) is nn.DataParallel
+        return DataParallelWithCallback.__name__ if exact else "replication callbacks"
+
+
+Conversion = Swap | Build | Wrap
 
 _BUILT_IN: dict[type[nn.Module], Conversion] = {
     nn.BatchNorm1d: Swap(SynchronizedBatchNorm1d),

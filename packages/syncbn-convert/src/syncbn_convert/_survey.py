@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from syncbn_parallel import DataParallelWithCallback
 
 from ._layers import OPTIONS
-from ._registry import SYNCHRONIZED, Build, Conversion, Swap, conversion_of
+from ._registry import SYNCHRONIZED, Build, Conversion, Swap, Wrap, conversion_of
 
 SkipRule = str | Callable[[str, nn.Module], bool]
 
@@ -39,8 +39,7 @@ class Finding:
         name: the module's (first) qualified name.
         module: the module.
         verdict: what becomes of it.
-        conversion: how, where it converts; None for an instance of a subclass of nn.DataParallel, which is
-            patched.
+        conversion: how, where it converts.
         reason: why not, where it does not convert.
     """
 
@@ -137,8 +136,7 @@ def _by_itself(name: str, module: nn.Module) -> Finding | None:
     if isinstance(module, nn.DataParallel):
         if isinstance(module, DataParallelWithCallback):
             return None
-        exact = type(module) is nn.DataParallel
-        return Finding(name, module, Verdict.CONVERTS, Swap(DataParallelWithCallback) if exact else None)
+        return Finding(name, module, Verdict.CONVERTS, Wrap(module))
     if isinstance(module, SYNCHRONIZED):
         return Finding(name, module, Verdict.SYNCHRONIZES)
     conversion = conversion_of(type(module))

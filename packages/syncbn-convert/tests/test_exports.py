@@ -1,0 +1,46 @@
+"""What the package is, seen from outside."""
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+import syncbn_convert
+
+
+def test_the_exports_are_those_of_the_design():
+    assert syncbn_convert.__all__ == [
+        "convert_model",
+        "inspect_model",
+        "patch_sync_batchnorm",
+        "register_conversion",
+        "revert_model",
+    ]
+    public = {name for name in vars(syncbn_convert) if not name.startswith("_")}
+    assert public == set(syncbn_convert.__all__)
+
+
+def test_the_version_is_that_of_the_installed_distribution():
+    try:
+        installed = metadata.version("syncbn-convert")
+    except metadata.PackageNotFoundError:
+        pytest.skip("runs from a checkout: syncbn-convert is not installed")
+    assert syncbn_convert.__version__ == installed
+
+
+def test_importing_is_silent_and_patches_nothing():
+    program = (
+        "import torch\n"
+        "from torch.nn.modules import batchnorm, module\n"
+        "from torch.nn.parallel import data_parallel, distributed\n"
+        "places = [torch.nn, batchnorm, module, data_parallel, distributed]\n"
+        "places += [v for p in places for v in vars(p).values() if isinstance(v, type)]\n"
+        "before = [dict(vars(p)) for p in places]\n"
+        "import syncbn_convert\n"
+        "assert [dict(vars(p)) for p in places] == before\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
