@@ -1,13 +1,13 @@
 """Batch normalization that treats all replicas of a model as one batch."""
 
 from ._batchnorm import (
-    THIS_PROCESS,
     SynchronizedBatchNorm,
     SynchronizedBatchNorm1d,
     SynchronizedBatchNorm2d,
     SynchronizedBatchNorm3d,
 )
 from ._eps import set_sbn_eps_mode
+from ._processes import THIS_PROCESS
 from .reference import BatchNorm2dReimpl
 
 __all__ = [

@@ -107,8 +107,8 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
 
 
 def _cpu_gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    # The gradients of bias and weight of an evaluation-mode batch norm of variance 1. This kernel divides by the
-    # number of samples: with none of them it takes the whole process along.
+    # The gradients of bias and weight of an evaluation-mode batch norm of variance 1. This kernel divides by
+    # the number of samples: with none of them it takes the whole process along.
     ones = torch.ones_like(mean)
     _, sum_dy_xmu, sum_dy = _cpu_backward(
         dy, x, None, mean, ones, None, None, False, 0.0, [False, True, True]

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _kernels
+from ._order import Chain
+from ._processes import Processes
 from ._statistics import merge_statistics
 
 Finish = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -49,7 +51,13 @@ def gather(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def merge(
-    parts: Sequence[Tensor], finish: Finish, weight: Tensor | None, min_var: float, name: str
+    parts: Sequence[Tensor],
+    finish: Finish,
+    weight: Tensor | None,
+    min_var: float,
+    name: str,
+    processes: Processes | None,
+    chain: Chain | None,
 ) -> tuple[Tensor, ...]:
     """Where data is reduced: the statistics of all replicas -> ``(2, C)`` mean and invstd for each of them.
 
@@ -59,8 +67,15 @@ def merge(
         weight: ``(C,)`` or None, replica 0's.
         min_var: the floor of the variance; 0 for none.
         name: the layer's, for error messages.
+        processes: those to merge with; None for this one alone.
+        chain: where there are several, the order of their backward collectives.
     """
-    results: tuple[Tensor, ...] = _Merge.apply(finish, weight, min_var, name, *parts)  # type: ignore[no-untyped-call]
+    previous = chain.take() if chain is not None else None
+    results: tuple[Tensor, ...] = _Merge.apply(  # type: ignore[no-untyped-call]
+        finish, weight, min_var, name, processes, chain, previous, *parts
+    )
+    if chain is not None:
+        chain.give(results[0])
     return results
 
 
@@ -74,7 +89,7 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         statistics = _kernels.local_statistics(x)
-        ctx.name = name
+        ctx.where = name
         ctx.mean = statistics[0]
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
@@ -87,19 +102,29 @@ class _Gather(Function):
             return dy, None
         with torch.no_grad():
             dx = _kernels.input_gradient(dy, x, ctx.mean, coefficients)
-        return _refuse_second_derivative(ctx.name, [dx], [dy, x, coefficients])[0], None
+        return _refuse_second_derivative(ctx.where, [dx], [dy, x, coefficients])[0], None
 
 
 class _Merge(Function):
     @staticmethod
     def forward(
-        ctx: Any, finish: Finish, weight: Tensor | None, min_var: float, name: str, *parts: Tensor
+        ctx: Any,
+        finish: Finish,
+        weight: Tensor | None,
+        min_var: float,
+        name: str,
+        processes: Processes | None,
+        chain: Chain | None,
+        previous: Tensor | None,
+        *parts: Tensor,
     ) -> tuple[Tensor, ...]:
         device = parts[0].device
         here = [part.to(device, non_blocking=True) for part in parts]
         mean, m2, count = merge_statistics(here)
+        if processes is not None:
+            mean, m2, count = processes.merge(mean, m2, count)
         mean_invstd = torch.stack(finish(mean, m2, count))
-        ctx.name = name
+        ctx.where, ctx.processes, ctx.chain = name, processes, chain
         ctx.devices = [part.device for part in parts]
         ctx.local_means = torch.stack([part[0] for part in here])  # (R, C)
         ctx.mean, ctx.invstd, ctx.count = mean, mean_invstd[1], count
@@ -114,10 +139,15 @@ class _Merge(Function):
     def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
         # In rank order, whatever the order in which autograd came by.
         used = [part.to(ctx.devices[0], non_blocking=True) for part in sums if part is not None]
-        if not used:
-            return (None,) * (4 + len(sums))
+        if ctx.chain is not None:
+            ctx.chain.over = True
+        if not used:  # reached by the chain alone
+            return (None,) * (7 + len(sums))
         with torch.no_grad():
-            sum_dy, sum_dy_xmu = torch.stack(used).sum(0).unbind()  # (C,) each
+            total = torch.stack(used).sum(0)  # (2, C)
+            if ctx.processes is not None:
+                total = ctx.processes.sum(total)
+            sum_dy, sum_dy_xmu = total.unbind()
             shift = sum_dy / ctx.count
             slope = sum_dy_xmu * ctx.invstd**2 / ctx.count
             if ctx.constant_invstd is not None:
@@ -128,9 +158,9 @@ class _Merge(Function):
             coefficients = torch.stack([a.expand_as(shifts), shifts, slope.expand_as(shifts)], 1)  # (R, 3, C)
             wanted = [
                 part.to(device, non_blocking=True) if needed else None
-                for part, device, needed in zip(coefficients.unbind(), ctx.devices, ctx.needs_input_grad[4:])
+                for part, device, needed in zip(coefficients.unbind(), ctx.devices, ctx.needs_input_grad[7:])
             ]
-        return None, None, None, None, *_refuse_second_derivative(ctx.name, wanted, sums)
+        return *(None,) * 7, *_refuse_second_derivative(ctx.where, wanted, sums)
 
 
 class _Apply(Function):
@@ -139,9 +169,12 @@ class _Apply(Function):
         ctx: Any, x: Tensor, mean_invstd: Tensor, weight: Tensor | None, bias: Tensor | None, name: str
     ) -> Tensor:
         mean, invstd = mean_invstd.unbind()
-        ctx.name = name
+        ctx.where = name
         ctx.affine_dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         ctx.save_for_backward(x, mean_invstd, weight)
+        # Kept besides, because a checkpoint drops what is saved: the next Merge is chained to this one, and a
+        # recomputation returns to it.
+        ctx.mean_invstd = mean_invstd
         ctx.set_materialize_grads(False)
         return _kernels.normalize(x, mean, invstd, weight, bias)
 
@@ -157,7 +190,7 @@ class _Apply(Function):
             weight_dtype, bias_dtype = ctx.affine_dtypes
             dweight = (sums[1] * invstd).to(weight_dtype) if need_weight else None
             dbias = sums[0].to(bias_dtype) if need_bias else None
-        computed = _refuse_second_derivative(ctx.name, [sums, dweight, dbias], [dy, x, weight])
+        computed = _refuse_second_derivative(ctx.where, [sums, dweight, dbias], [dy, x, weight])
         return dy, *computed, None
 
 
@@ -175,13 +208,13 @@ def _refuse_second_derivative(
 class _SecondDerivative(Function):
     @staticmethod
     def forward(ctx: Any, name: str, n_results: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.name = name
+        ctx.where = name
         return tuple(t.view_as(t) for t in tensors[:n_results] if t is not None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError(
-            f"expected only first derivatives through {ctx.name}, got a request for a second one: the fused "
+            f"expected only first derivatives through {ctx.where}, got a request for a second one: the fused "
             "path has none. Build the layer with fused=False, or convert_model(model, fused=False), for "
             "derivatives of any order (gradient penalties, Hessian-vector products)"
         )

@@ -1,5 +1,6 @@
 """What one replica of a layer knows of the others: how to meet them, and what they agreed on."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -27,12 +28,6 @@ Master = Callable[[Sequence[tuple[int, Message]]], list[tuple[int, Tensor]]]
 """``[(rank, message), ...] -> [(rank, mean_invstd), ...]``, in replica 0's thread."""
 
 
-class _Agreement(NamedTuple):
-    statistics: Tensor  # (3, C), the replica's own
-    mean_invstd: Tensor  # (2, C), everybody's
-    with_graph: bool
-
-
 class HasGroup(Protocol):
     """Whatever knows the replicas of one forward."""
 
@@ -50,26 +45,28 @@ class ReplicationContext(HasGroup, Protocol):
 
 
 class Replication:
-    """One replica's place among the replicas of one forward.
+    """One replica's place among the replicas of one forward, and its memory of what they agreed on.
 
     Args:
-        forward: what knows them; asked no earlier than the layer runs.
+        forward: what knows the others, asked no earlier than the layer runs; None if there are none.
         rank: this replica's; 0 is the master.
         name: where they meet: the layer's name in the model.
         nested: whether the replicated layer was itself a replica.
     """
 
-    def __init__(self, forward: HasGroup, rank: int, name: str, nested: bool = False) -> None:
+    def __init__(self, forward: HasGroup | None, rank: int, name: str, nested: bool = False) -> None:
         self.rank = rank
         self.name = name
-        self._forward = forward
         self.nested = nested
-        self._agreements: list[_Agreement] = []
+        self._forward = forward
+        # The replica's own statistics, and what was agreed on as long as a graph remembers it.
+        self._agreements: list[tuple[Tensor, weakref.ref[Tensor]]] = []
 
     @property
-    def world_size(self) -> int:
-        """The number of replicas in this forward."""
-        return self._forward.group.world_size
+    def group(self) -> ReplicaGroup | None:
+        """The replicas of this forward, where there are several."""
+        group = self._forward.group if self._forward is not None else None
+        return group if group is not None and group.world_size > 1 else None
 
     def agree(self, message: Message, master: Master, *, recomputable: bool) -> Tensor:
         """Meet the other replicas and return the ``(2, C)`` mean and invstd of the whole batch.
@@ -87,47 +84,50 @@ class Replication:
             RuntimeError: in a recomputation that cannot be right.
         """
         if _in_backward():
-            if not recomputable:
-                raise RuntimeError(
-                    f"expected {self.name!r} to run once, got a recomputation (gradient checkpointing) of a "
-                    "layer built with fused=False, whose graph spans all replicas: build it with fused=True, "
-                    "or leave it out of the checkpoint"
-                )
-            return self._recall(message)
+            agreed = self._recall(message, recomputable)
+            if agreed is not None:
+                return agreed
         if self.nested:
             raise RuntimeError(
                 f"expected one data-parallel wrapper around {self.name!r}, got one inside of another: the "
                 "layer could synchronize the replicas of the inner one alone; give all devices to the outer"
             )
         mean_invstd = self.meet(message, master)
-        self._agreements.append(
-            _Agreement(message.statistics.detach(), mean_invstd.detach(), torch.is_grad_enabled())
-        )
+        if mean_invstd.requires_grad:
+            self._agreements = [a for a in self._agreements if a[1]() is not None]
+            self._agreements.append((message.statistics.detach(), weakref.ref(mean_invstd)))
         return mean_invstd
 
     def meet(self, message: Message, master: Master) -> Tensor:
         """Meet the other replicas, for good or ill."""
-        return self._forward.group.member(self.rank).exchange(message, master, where=self.name)
+        if self.group is None:
+            return master([(0, message)])[0][1]
+        return self.group.member(self.rank).exchange(message, master, where=self.name)
 
     @torch.no_grad()
-    def _recall(self, message: Message) -> Tensor:
-        candidates = [a for a in self._agreements if a.with_graph]
-        if not candidates:
+    def _recall(self, message: Message, recomputable: bool) -> Tensor | None:
+        if not recomputable:
+            raise RuntimeError(
+                f"expected {self.name!r} to run once, got a recomputation (gradient checkpointing) of a "
+                "layer built with fused=False, whose graph spans all replicas: build it with fused=True, "
+                "or leave it out of the checkpoint"
+            )
+        known = [(own, agreed) for own, ref in self._agreements if (agreed := ref()) is not None]
+        if not known and self.group is not None:
             raise RuntimeError(
                 f"expected {self.name!r} to be recomputed after a forward with gradients, got a "
                 "recomputation of one without: torch.utils.checkpoint with use_reentrant=True runs the "
                 "backward of every replica by itself, but synchronized layers need one graph for all "
                 "replicas; pass use_reentrant=False"
             )
-        if len(candidates) == 1:
-            return candidates[0].mean_invstd
+        if len(known) <= 1:
+            return known[0][1].detach() if known else None
         # The layer was called several times in this forward. A recomputation repeats the numbers of the first
         # pass, so the replica's own statistics tell which call it is. They are compared on their device, so
         # that the host does not wait for it.
-        own = torch.stack([a.statistics for a in candidates])
-        distance = (own - message.statistics).abs().flatten(1).amax(1)  # (calls,)
-        nearest = distance.argmin().view(1)
-        return torch.stack([a.mean_invstd for a in candidates]).index_select(0, nearest)[0]
+        distance = (torch.stack([own for own, _ in known]) - message.statistics).abs()  # (calls, 3, C)
+        nearest = distance.flatten(1).amax(1).argmin().view(1)
+        return torch.stack([agreed for _, agreed in known]).index_select(0, nearest)[0]
 
 
 def _in_backward() -> bool:

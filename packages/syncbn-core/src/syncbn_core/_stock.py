@@ -105,9 +105,9 @@ class StockReplication(Replication):
 
     def meet(self, message: Message, master: Master) -> Tensor:
         """Meet the other replicas, with this thread's end as the end of this one."""
-        group = self._forward.group
+        group = self.group
         attendance = getattr(_running, "attendance", None)
-        if attendance is None or attendance.group() is not group:
+        if group is not None and (attendance is None or attendance.group() is not group):
             _running.attendance = _Attendance(group, self.rank)
         try:
             return super().meet(message, master)

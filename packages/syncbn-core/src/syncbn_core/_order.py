@@ -1,0 +1,83 @@
+"""One order of the backward collectives in all processes.
+
+Processes that issue their collectives in different orders hang, or mix them up. Between the parallel branches
+of a net the order of a backward is a matter of which node is ready first and of sequence numbers. So the
+Merge nodes of a forward are chained: each takes the result of the one before, which it does not look at, and
+autograd has to run them in exact reverse.
+
+A chain makes all of its nodes reachable from the last one. So it must not join what is differentiated apart:
+a generator, and a discriminator that looks at its detached images. Two Merge nodes are in one chain if
+
+- they belong to one forward of replicated modules, which has a group; or
+- the input of the later one depends on a node of the chain. Whoever differentiates that input then reaches
+  the chain's graph in any case.
+
+Otherwise, in one process with one thread of backward, autograd's own order is the reverse of their making.
+
+A chain ends when a backward has begun. Its last result is kept by the graph, and only weakly here.
+"""
+
+import weakref
+from collections import deque
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from syncbn_comm import ReplicaGroup
+
+# How far to look for the chain that an input depends on: a few layers without synchronization.
+_NODES_LOOKED_AT = 100
+
+_by_group: "weakref.WeakKeyDictionary[ReplicaGroup, Chain]" = weakref.WeakKeyDictionary()
+
+
+class Chain:
+    """Merge nodes in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self.over = False  # a backward has begun
+        self._last: weakref.ref[Tensor] | None = None
+
+    def take(self) -> Tensor:
+        """The result of the last node; of no node, where there is none."""
+        last = self._last() if self._last is not None else None
+        # It needs a gradient even if no input does: then every process takes part in the backward.
+        return torch.empty(0, requires_grad=True) if last is None else last
+
+    def give(self, result: Tensor) -> None:
+        """Go on from the node that has this result."""
+        self._last = weakref.ref(result)
+
+
+def chain_of(x: Tensor, group: ReplicaGroup | None) -> Chain:
+    """The chain that a Merge node belongs to.
+
+    Args:
+        x: what it merges, of replica 0.
+        group: the replicas of this forward, if there are several.
+    """
+    chain = _chain_behind(x.grad_fn) if group is None else _by_group.get(group)
+    if chain is None or chain.over:
+        chain = Chain()
+    if group is not None:
+        _by_group[group] = chain
+    return chain
+
+
+def _chain_behind(node: Node | None) -> Chain | None:
+    """The chain of the nearest node behind this one that has one."""
+    seen = {node}
+    queue = deque([node])
+    while queue and len(seen) < _NODES_LOOKED_AT:
+        node = queue.popleft()
+        if node is None:
+            continue
+        chain = getattr(node, "chain", None)
+        if isinstance(chain, Chain):
+            return chain
+        for behind, _ in node.next_functions:
+            if behind not in seen:
+                seen.add(behind)
+                queue.append(behind)
+    return None

@@ -1,0 +1,252 @@
+"""What the synchronized layers have in common."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import _nodes, _statistics
+from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
+from ._order import chain_of
+from ._processes import Processes, Scope, processes_of
+from ._replication import Message, Replication, ReplicationContext
+from ._statistics import merge_statistics, samples_per_channel
+from ._stock import enlist
+
+
+class _SynchronizedBatchNorm(_BatchNorm):
+    """What the synchronized layers have in common, with the override points of a fork.
+
+    Every attribute beyond those of ``nn.BatchNorm*d`` has a default here, so that an ``nn.BatchNorm2d``
+    becomes a ``SynchronizedBatchNorm2d`` by a change of its class alone.
+    """
+
+    process_group: Any = None
+    eps_mode: EpsMode | None = None
+    fused: bool = True
+
+    _dims: tuple[int, ...] = (2, 3, 4, 5)
+    _layer_name: str | None = None
+    _replication: Replication | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        *,
+        eps_mode: EpsMode | None = None,
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(f"expected num_features of at least 1, got {num_features}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.eps_mode = None if eps_mode is None else check_eps_mode(eps_mode)
+        self.fused = fused
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input``, ``(N, C, *)``; in training by the statistics of all replicas' batches."""
+        self._check_input(input)
+        of_batch = self.training or self.running_mean is None
+        clamps = resolve_eps_mode(self.eps_mode) == "clamp"
+        if not self._synchronizes() and not clamps and (input.numel() or not of_batch):
+            return super().forward(input)
+        if not of_batch:
+            return self._forward_running(input)
+        return self._forward_fused(input) if self.fused else self._forward_composite(input)
+
+    def _synchronizes(self) -> bool:
+        """Whether this call depends on other replicas or processes."""
+        if not self.training:
+            return False
+        replicated = self._replication is not None and self._replication.group is not None
+        return replicated or self._processes() is not None
+
+    def _processes(self) -> Processes | None:
+        return processes_of(self.process_group, self._where())
+
+    def _forward_running(self, input: Tensor) -> Tensor:
+        """Evaluation in eps mode "clamp", by the running statistics."""
+        var = self.running_var.clamp(min=self.eps)  # type: ignore[union-attr]
+        return nn.functional.batch_norm(input, self.running_mean, var, self.weight, self.bias, eps=0.0)
+
+    def _forward_fused(self, input: Tensor) -> Tensor:
+        name = self._where()
+        x, statistics = _nodes.gather(input, name)
+        mean_invstd = self._agree(x, statistics)
+        return _nodes.apply(x, mean_invstd, self.weight, self.bias, name)
+
+    def _forward_composite(self, input: Tensor) -> Tensor:
+        mean, invstd = self._agree(input, _statistics.local_statistics(input))
+        return _statistics.normalize(input, mean, invstd, self.weight, self.bias)
+
+    def _agree(self, x: Tensor, statistics: Tensor) -> Tensor:
+        """``(2, C)``: the mean and the invstd to normalise with."""
+        message = Message(statistics, samples_per_channel(x), x.dtype)
+        if not self._synchronizes():
+            return self._data_parallel_master([(0, message)])[0][1]
+        if self._replication is None:
+            self._replication = Replication(None, 0, self._where())
+        return self._replication.agree(message, self._data_parallel_master, recomputable=self.fused)
+
+    def _data_parallel_master(self, intermediates: Sequence[tuple[int, Message]]) -> list[tuple[int, Tensor]]:
+        """Reduce the statistics of all replicas; runs once per call of the layer, in the thread of replica 0.
+
+        Args:
+            intermediates: ``[(0, message), (1, message), ...]``.
+
+        Returns:
+            ``[(0, mean_invstd), (1, mean_invstd), ...]``, ``(2, C)`` each, on the replica's own device.
+
+        Raises:
+            TypeError: the replicas' inputs differ in dtype.
+            ValueError: one value per channel in all replicas together has no variance.
+            BrokenSyncError: another process failed or did not come.
+        """
+        ranks, messages = zip(*intermediates)
+        dtypes = {message.dtype for message in messages}
+        if len(dtypes) > 1:
+            got = ", ".join(f"{m.dtype} in replica {rank}" for rank, m in intermediates)
+            raise TypeError(f"expected inputs of one dtype in all replicas at {self._where()}, got {got}")
+        samples = sum(message.samples for message in messages)
+        parts = [message.statistics for message in messages]
+        processes = self._processes() if self.training else None
+
+        def finish(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+            # Where these replicas have enough samples, nobody has to read the count of all processes.
+            total = samples if processes is None or samples > 1 else int(count[0])
+            if total == 1:
+                raise ValueError(
+                    "Expected more than 1 value per channel when training, got 1 in all replicas together at "
+                    f"{self._where()}"
+                )
+            if total == 0:  # nothing to learn from, nothing to normalise
+                return mean, torch.ones_like(mean)
+            return self._compute_mean_std(mean, m2, count)
+
+        if self.fused:
+            group = self._replication.group if self._replication is not None else None
+            chain = chain_of(parts[0], group) if processes is not None else None
+            results: Sequence[Tensor] = _nodes.merge(
+                parts, finish, self.weight, self._min_var(), self._where(), processes, chain
+            )
+        else:
+            merged = merge_statistics([part.to(parts[0].device, non_blocking=True) for part in parts])
+            if processes is not None:
+                merged = processes.merge_with_gradient(*merged)
+            mean_invstd = torch.stack(finish(*merged))
+            results = [mean_invstd.to(part.device, non_blocking=True) for part in parts]
+        return list(zip(ranks, results))
+
+    def _compute_mean_std(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the running statistics, and return what to normalise with.
+
+        Args:
+            mean: ``(C,)``, of the whole batch.
+            m2: ``(C,)``, the sum of squared deviations from it.
+            count: ``(C,)``, the number of samples behind it.
+
+        Returns:
+            mean and invstd, ``(C,)`` each.
+        """
+        if self.running_mean is not None:
+            self._move_running_statistics(mean, m2 / (count - 1))
+        var = m2 / count
+        if resolve_eps_mode(self.eps_mode) == "clamp":
+            return mean, var.clamp(min=self.eps).rsqrt()
+        return mean, (var + self.eps).rsqrt()
+
+    @torch.no_grad()
+    def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        step: Any = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if step is None:  # the cumulative average; the counter may be on a GPU, so it is not read
+                step = 1.0 / self.num_batches_tracked.to(mean.dtype)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            if running is not None:
+                # In place: what replica 0 writes here is the model's own storage.
+                running.copy_(torch.lerp(running.to(new.dtype), new, step))
+
+    def _min_var(self) -> float:
+        return self.eps if resolve_eps_mode(self.eps_mode) == "clamp" else 0.0
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics, and weight and bias to 1 and 0."""
+        super().reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Reset the running mean to 0, the running variance to 1, and the counter of batches to 0."""
+        super().reset_running_stats()
+
+    def __data_parallel_replicate__(self, ctx: ReplicationContext, copy_id: int) -> None:
+        """Take the place of replica ``copy_id`` in this forward; called on every replica, the master first.
+
+        A context of some other library that knows no group changes nothing: then the replicas find each other
+        as under a stock ``nn.DataParallel``.
+        """
+        if getattr(ctx, "group", None) is not None:
+            nested = self._replication is not None and self._replication.nested  # found in its making
+            self._replication = Replication(ctx, copy_id, ctx.name or self._where(), nested)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        nested = self._replication is not None and self._replication.group is not None
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._replication = enlist(self, self._where(), nested)
+        return replica
+
+    def _where(self) -> str:
+        """The layer's name for messages: in the model where it is known, else its class."""
+        if self._replication is not None:
+            return self._replication.name
+        return self._layer_name or type(self).__name__
+
+    def _check_input(self, input: Tensor) -> None:
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels (num_features) at {self._where()}, got "
+                f"{input.shape[1]} in an input of shape {tuple(input.shape)}"
+            )
+        if not input.is_floating_point():
+            raise TypeError(f"expected a floating-point input at {self._where()}, got {input.dtype}")
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._dims:
+            dims = " or ".join(f"{d}D" for d in self._dims)
+            raise ValueError(
+                f"expected {dims} input at {self._where()}, got {input.dim()}D input of shape "
+                f"{tuple(input.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults, after those of torch's own layer."""
+        parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
+        parts += [f"eps_mode={self.eps_mode!r}"] if self.eps_mode is not None else []
+        parts += ["fused=False"] if not self.fused else []
+        parts += [f"process_group={self.process_group!r}"] if self.process_group is not None else []
+        return ", ".join(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state_outside_a_forward()
+        if not isinstance(self.process_group, Scope):
+            state.pop("process_group", None)  # belongs to this process; nothing of it can be written down
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SynchronizedBatchNorm":
+        memo[id(self.process_group)] = self.process_group
+        clone = memo[id(self)] = self.__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self._state_outside_a_forward(), memo))  # type: ignore[no-untyped-call]
+        return clone
+
+    def _state_outside_a_forward(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_replication"}
