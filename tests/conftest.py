@@ -77,9 +77,8 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], **toler
     """Compare two steps; without a tolerance, by torch's default for the dtype."""
     assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(
-            actual[name], expected[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
-        )
+        prefix = f"{name}: {{}}".format
+        torch.testing.assert_close(actual[name], expected[name], msg=prefix, **tolerance)
 
 
 @pytest.fixture(autouse=True)
