@@ -1,4 +1,4 @@
-"""Replicas on plain threads: all that these tests need of a data-parallel wrapper."""
+"""Replicas on plain threads, all that these tests need of a wrapper; and the whole batch to compare with."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,62 +13,146 @@ from syncbn_comm import ReplicaGroup
 
 JOIN_SECONDS = 60.0
 
+Forward = Callable[[nn.Module, int], Any]
 
-def replicate(layer: nn.Module, world_size: int) -> list[nn.Module]:
-    """Replicas that share the layer's parameters; replica 0 has its buffers too, the others have copies."""
-    replicas = []
-    for rank in range(world_size):
-        replica = layer._replicate_for_data_parallel()
-        replica._parameters = dict(layer._parameters)
-        if rank:
-            replica._buffers = {k: None if b is None else b.clone() for k, b in layer._buffers.items()}
-        replicas.append(replica)
-    return replicas
+
+def run_threads(work: Callable[[int], Any], count: int) -> list[Any]:
+    """Call ``work(rank)`` in a thread for each rank; return results and exceptions, in rank order."""
+    outcomes: list[Any] = [None] * count
+    grad_enabled = torch.is_grad_enabled()
+
+    def run(rank: int) -> None:
+        torch.set_grad_enabled(grad_enabled)  # threads do not inherit it
+        try:
+            outcomes[rank] = work(rank)
+        except BaseException as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(JOIN_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+    return outcomes
+
+
+def copy_module(model: nn.Module, rank: int) -> nn.Module:
+    """Copy a model but for its parameters, and for the buffers in replica 0; those are shared."""
+    replica = model._replicate_for_data_parallel()
+    replica._parameters = dict(model._parameters)
+    if rank:
+        replica._buffers = {k: None if b is None else b.clone() for k, b in model._buffers.items()}
+    for name, child in model.named_children():
+        replica._modules[name] = copy_module(child, rank)
+    return replica
 
 
 class Replicas:
-    """The replicas of one forward of one layer."""
+    """The replicas of one forward of a model.
 
-    def __init__(self, layer: nn.Module, world_size: int, name: str = "layer1.bn1") -> None:
-        self.modules = replicate(layer, world_size)
+    They are replicated with a context that knows their group, unless ``prefix`` is None.
+    """
+
+    def __init__(self, model: nn.Module, world_size: int, prefix: str | None = "net.") -> None:
         self.group = ReplicaGroup(world_size, timeout=JOIN_SECONDS / 2)
+        self.modules = [copy_module(model, rank) for rank in range(world_size)]
         for rank, replica in enumerate(self.modules):
-            replica.__data_parallel_replicate__(SimpleNamespace(name=name, group=self.group), rank)
+            for name, module in replica.named_modules():
+                if prefix is not None and hasattr(module, "__data_parallel_replicate__"):
+                    context = SimpleNamespace(name=f"{prefix}{name}".rstrip("."), group=self.group)
+                    module.__data_parallel_replicate__(context, rank)
 
-    def run(self, forward: Callable[[nn.Module, int], Any]) -> list[Any]:
-        """Call ``forward(replica, rank)`` in one thread for each replica; the first error is raised here."""
-        results: list[Any] = [None] * len(self.modules)
+    def outcomes(self, forward: Forward) -> list[Any]:
+        """Call ``forward(replica, rank)`` in one thread for each replica; return results and exceptions."""
 
-        def work(rank: int, grad_enabled: bool) -> None:
-            torch.set_grad_enabled(grad_enabled)
-            try:
-                with self.group.member(rank):
-                    results[rank] = forward(self.modules[rank], rank)
-            except BaseException as error:
-                results[rank] = error
+        def work(rank: int) -> Any:
+            with self.group.member(rank):
+                return forward(self.modules[rank], rank)
 
-        threads = [
-            threading.Thread(target=work, args=(rank, torch.is_grad_enabled()), daemon=True)
-            for rank in range(len(self.modules))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(JOIN_SECONDS)
-        assert not any(thread.is_alive() for thread in threads)
+        return run_threads(work, len(self.modules))
+
+    def run(self, forward: Forward) -> list[Any]:
+        """As `outcomes`, with the first failure raised here."""
+        outcomes = self.outcomes(forward)
         if self.group.failure is not None:
             raise self.group.failure
-        return results
+        return outcomes
 
 
-@pytest.fixture
-def replicas_of() -> type[Replicas]:
-    return Replicas
+def run_replicas(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Run one forward of a model, each input in a replica of its own."""
+    return Replicas(model, len(inputs)).run(lambda replica, rank: replica(inputs[rank]))
 
 
-@pytest.fixture
-def run_replicas() -> Callable[[nn.Module, Sequence[Tensor]], list[Tensor]]:
-    def run(layer: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return Replicas(layer, len(inputs)).run(lambda replica, rank: replica(inputs[rank]))
+def weighted_sum(y: Tensor) -> Tensor:
+    """Weight every element differently: the gradient of a batch norm's plain sum is zero."""
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (y * weights.to(y)).sum()
 
-    return run
+
+def stock_twin(layer: nn.Module, dims: int) -> nn.Module:
+    """Build torch's own layer for inputs of ``dims`` axes, with the same arguments and state."""
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims]
+    twin = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+    for tensor in layer.state_dict().values():
+        twin.to(tensor.device, tensor.dtype if tensor.is_floating_point() else None)
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+def randomize(layer: nn.Module) -> nn.Module:
+    """Give a layer parameters and running statistics that are not 1 and 0."""
+    for tensor in layer.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    return layer
+
+
+def train_step(
+    layer: nn.Module,
+    chunks: Sequence[Tensor],
+    forward: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]],
+) -> dict[str, Tensor | None]:
+    """Run one forward and backward of all chunks; return all that a batch norm makes of them."""
+    inputs = [chunk.detach().clone(memory_format=torch.preserve_format).requires_grad_() for chunk in chunks]
+    layer.zero_grad()
+    y = torch.cat(list(forward(layer, inputs)))
+    weighted_sum(y).backward()
+    return {
+        "y": y.detach(),
+        "dx": torch.cat([x.grad for x in inputs if x.grad is not None]),
+        **{f"d{name}": parameter.grad for name, parameter in layer.named_parameters()},
+        **{name: buffer.clone() for name, buffer in layer.named_buffers()},
+    }
+
+
+def assert_equals_whole_batch(
+    layer: nn.Module, chunks: Sequence[Tensor], **tolerance: float
+) -> dict[str, Any]:
+    """Train one step on replicas, and show that torch's own layer makes the same of the whole batch."""
+    twin = stock_twin(layer, chunks[0].dim())
+    ours = train_step(layer, chunks, run_replicas)
+    theirs = train_step(twin, chunks, lambda twin, inputs: [twin(torch.cat(list(inputs)))])
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    return ours
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_for_every_test() -> None:
+    torch.manual_seed(0)
+
+
+# Modules of tests cannot import this one, but they can ask for what is in it.
+def _fixture(helper: Any, name: str) -> Any:
+    return pytest.fixture(name=name)(lambda: helper)
+
+
+_replicas = _fixture(Replicas, "replicas_of")
+_run_replicas = _fixture(run_replicas, "run_replicas")
+_run_threads = _fixture(run_threads, "run_threads")
+_stock_twin = _fixture(stock_twin, "stock_twin")
+_randomize = _fixture(randomize, "randomize")
+_train_step = _fixture(train_step, "train_step")
+_assert_equals_whole_batch = _fixture(assert_equals_whole_batch, "assert_equals_whole_batch")
+_weighted_sum = _fixture(weighted_sum, "weighted_sum")

@@ -1,0 +1,134 @@
+"""The fused kernels compute what the plain operations say, whatever the layout of what they are given."""
+
+import pytest
+import torch
+
+from syncbn_core import _kernels, _statistics
+from syncbn_core._statistics import sum_over_batch, unsqueeze_channels
+
+C = 3
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def every_other(x):
+    return torch.stack([x, torch.full_like(x, 7)], -1).flatten(-2)[..., ::2]
+
+
+def backwards(x):
+    axes = tuple(reversed(range(x.dim())))
+    return x.permute(axes).contiguous().permute(axes)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": channels_last,
+    "every other": every_other,
+    "a slice of more channels": lambda x: torch.cat([x, x], 1)[:, :C],
+    "backwards": backwards,
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+SHAPES = [(6, C), (4, C, 5), (4, C, 5, 2), (2, C, 3, 2, 4)]
+INPUTS = pytest.mark.parametrize("x_layout", LAYOUTS)
+GRADIENTS = pytest.mark.parametrize("dy_layout", LAYOUTS)
+SHAPED = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def make(shape, dtype, layout):
+    return LAYOUTS[layout](torch.randn(shape).to(dtype))
+
+
+def vectors(number):
+    """Vectors of length C in the dtype in which they are merged."""
+    return torch.rand(number, C, dtype=torch.float64) + 0.5
+
+
+@SHAPED
+@DTYPES
+@INPUTS
+def test_local_statistics(shape, dtype, x_layout):
+    x = make(shape, dtype, x_layout)
+    expected = _statistics.local_statistics(x.double())
+    # The reference is of float64, so a half's own digits are all that may be missing.
+    tolerance = TOLERANCES[dtype] if dtype is torch.float64 else TOLERANCES[torch.float32]
+    torch.testing.assert_close(_kernels.local_statistics(x), expected, **tolerance)
+
+
+@SHAPED
+@DTYPES
+@INPUTS
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_normalize(shape, dtype, x_layout, affine):
+    x = make(shape, dtype, x_layout)
+    mean, invstd, weight, bias = vectors(4)
+    weight, bias = (weight.to(dtype), bias.to(dtype)) if affine else (None, None)
+    y = _kernels.normalize(x, mean, invstd, weight, bias)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, _statistics.normalize(x, mean, invstd, weight, bias), **TOLERANCES[dtype])
+
+
+@SHAPED
+@DTYPES
+@INPUTS
+@GRADIENTS
+def test_gradient_sums(shape, dtype, x_layout, dy_layout):
+    x, dy = make(shape, dtype, x_layout), make(shape, dtype, dy_layout)
+    mean, invstd = vectors(2)
+    wide_dy = dy.double()
+    expected = torch.stack(
+        [sum_over_batch(wide_dy), sum_over_batch(wide_dy * (x.double() - unsqueeze_channels(mean, x)))]
+    )
+    tolerance = TOLERANCES[dtype] if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    if dtype is torch.bfloat16 and not (x_layout == dy_layout in ("contiguous", "channels last")):
+        # Of other layouts torch sums dy in bfloat16, for the bias of its own layers too.
+        tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(_kernels.gradient_sums(dy, x, mean, invstd), expected, **tolerance)
+
+
+@SHAPED
+@DTYPES
+@INPUTS
+@pytest.mark.parametrize("dy_layout", [*LAYOUTS, None])
+def test_input_gradient(shape, dtype, x_layout, dy_layout):
+    x = make(shape, dtype, x_layout)
+    dy = None if dy_layout is None else make(shape, dtype, dy_layout)
+    mean, a, shift, slope = vectors(4)
+    dx = _kernels.input_gradient(dy, x, mean, torch.stack([a, shift, slope]))
+    mean, a, shift, slope = (unsqueeze_channels(vector, x) for vector in (mean, a, shift, slope))
+    wide_dy = torch.zeros(shape, dtype=torch.float64) if dy is None else dy.double()
+    expected = a * (wide_dy - shift - slope * (x.double() - mean))
+    assert dx.dtype == dtype
+    torch.testing.assert_close(dx, expected.to(dtype), **TOLERANCES[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(0, C), (0, C, 5, 2), (2, C, 0, 4)], ids=str)
+def test_no_kernel_minds_an_empty_batch(shape, dtype):
+    x, dy = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    mean, invstd, slope = vectors(3)
+    assert torch.equal(_kernels.local_statistics(x), torch.zeros(3, C, dtype=torch.float64))
+    assert torch.equal(_kernels.gradient_sums(dy, x, mean, invstd), torch.zeros(2, C, dtype=torch.float64))
+    for result in (
+        _kernels.normalize(x, mean, invstd, None, None),
+        _kernels.input_gradient(dy, x, mean, torch.stack([invstd, mean, slope])),
+    ):
+        assert result.shape == shape
+        assert result.dtype == dtype
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_big_outputs_have_the_layout_of_the_input(layout):
+    x = make((4, C, 5, 2), torch.float32, layout)
+    mean, a, slope = vectors(3)
+    y = _kernels.normalize(x, mean, a, None, None)
+    dx = _kernels.input_gradient(make(x.shape, x.dtype, "backwards"), x, mean, torch.stack([a, mean, slope]))
+    assert x.stride() == y.stride() == dx.stride()

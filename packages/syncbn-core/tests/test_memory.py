@@ -1,0 +1,99 @@
+"""What a forward keeps: x by reference, and vectors; and nothing for longer than its graph lives."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from syncbn_core import SynchronizedBatchNorm2d
+
+C = 3
+
+
+@pytest.fixture
+def no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Tracked(torch.autograd.Function):
+    """The identity, in a node that holds an object of which one can tell whether it is still there."""
+
+    @staticmethod
+    def forward(ctx, x, tracer):
+        ctx.tracer = tracer
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+class Tracer:
+    pass
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+@pytest.mark.parametrize("backward", [True, False], ids=["after backward", "without backward"])
+def test_a_graph_dies_with_its_outputs_and_needs_no_garbage_collector(
+    fused, backward, run_replicas, no_garbage_collection
+):
+    layer = SynchronizedBatchNorm2d(C, fused=fused)
+    tracers = [Tracer(), Tracer()]
+    inputs = [Tracked.apply(torch.randn(2, C, 2, 2, requires_grad=True), tracer) for tracer in tracers]
+    outputs = run_replicas(layer, inputs)
+    if backward:
+        sum(y.pow(3).sum() for y in outputs).backward()
+    watched = [weakref.ref(thing) for thing in (*tracers, *inputs, *outputs)]
+    del tracers, inputs, outputs
+    assert [ref() for ref in watched] == [None] * 6
+
+
+def test_a_graph_dies_when_a_second_derivative_was_possible(run_replicas, no_garbage_collection):
+    layer = SynchronizedBatchNorm2d(C)
+    tracer = Tracer()
+    x = torch.randn(2, C, 2, 2, requires_grad=True)
+    y = run_replicas(layer, [Tracked.apply(x, tracer), torch.randn(2, C, 2, 2)])[0]
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    watched = weakref.ref(tracer)
+    del tracer, y, dx
+    assert watched() is None
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_what_is_kept_for_backward_is_x_itself_and_vectors(memory_format, replicas_of):
+    layer = SynchronizedBatchNorm2d(C)
+    inputs = [
+        torch.randn(4, C, 8, 8).contiguous(memory_format=memory_format).requires_grad_() for _ in range(2)
+    ]
+    kept = [[], []]
+
+    def forward(replica, rank):
+        def pack(tensor):
+            kept[rank].append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return replica(inputs[rank])
+
+    outputs = replicas_of(layer, 2).run(forward)
+    for rank, x in enumerate(inputs):
+        big = [tensor for tensor in kept[rank] if tensor.numel() > 3 * C]
+        assert big
+        assert all(tensor.data_ptr() == x.data_ptr() for tensor in big)
+    del outputs
+
+
+def test_the_nodes_hold_nothing_else_of_the_size_of_x(run_replicas):
+    def big_tensors():
+        gc.collect()
+        everything = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return {tensor.data_ptr() for tensor in everything if tensor.numel() >= 4 * C * 8 * 8}
+
+    inputs = [torch.randn(4, C, 8, 8, requires_grad=True) for _ in range(2)]
+    before = big_tensors()
+    outputs = run_replicas(SynchronizedBatchNorm2d(C), inputs)
+    assert big_tensors() - before == {y.data_ptr() for y in outputs}
