@@ -132,9 +132,7 @@ def test_tensors_of_different_sizes_with_equally_many_chunks_are_split_each_for_
 
 @pytest.mark.parametrize(("x", "dim"), [(torch.tensor(1.0), 0), (torch.ones(4), 1), (torch.ones(4), -2)])
 def test_a_tensor_without_the_batch_dimension_is_refused_by_its_place(x, dim):
-    with pytest.raises(
-        ValueError, match=rf"batch dimension {dim}, got one of shape .* in inputs\[0\]\['x'\]"
-    ):
+    with pytest.raises(ValueError, match=rf"batch dimension {dim}, got .* in inputs\[0\]\['x'\]"):
         scatter_kwargs(({"x": x},), {}, [CPU, CPU], dim)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from types import EllipsisType
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from syncbn_comm import ReplicaGroup
+from syncbn_parallel._devices import device_of
 from syncbn_parallel._failures import join_group, refuse_backward
 from syncbn_parallel._replicate import named_submodules
 
@@ -36,7 +36,10 @@ class CallbackContext:
         self.devices = devices
         self.group = group
 
-    # Also tells type checkers that there may be any attribute.
+    if TYPE_CHECKING:  # any attribute can be set
+
+        def __setattr__(self, attribute: str, value: Any) -> None: ...
+
     def __getattr__(self, attribute: str) -> Any:
         raise AttributeError(f"no callback has set {attribute!r} on the context of {self.name!r}")
 
@@ -123,9 +126,3 @@ def introduce(
     group = ReplicaGroup(len(replicas), timeout)
     execute_replication_callbacks(replicas, group=group, devices=devices)
     join_group(replicas, devices, group)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Return the device of the module's first parameter or buffer; the CPU where it has none."""
-    tensors = chain(module.parameters(), module.buffers())
-    return next((t.device for t in tensors), torch.device("cpu"))

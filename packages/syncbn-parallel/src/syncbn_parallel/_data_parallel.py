@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from syncbn_comm import ReplicaGroup
 from syncbn_parallel._callbacks import introduce
+from syncbn_parallel._devices import as_device
 from syncbn_parallel._failures import first_failure, group_of
-from syncbn_parallel._replicate import as_device, named_submodules, replicate
+from syncbn_parallel._replicate import named_submodules, replicate
 from syncbn_parallel._scatter_gather import gather, scatter_kwargs
 from syncbn_parallel._state import CallerState
 from syncbn_parallel._workers import run_all
@@ -52,7 +54,8 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
             environment variable ``SYNCBN_TIMEOUT``, else 300.
 
     Raises:
-        ValueError: ``device_ids`` is empty, mixes kinds of devices, or names one that is not there.
+        ValueError: ``device_ids`` is empty, mixes kinds of devices, or names one that is not there;
+            ``timeout`` is no positive number.
 
     Example:
         >>> import torch
@@ -72,6 +75,7 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         *,
         timeout: float | EllipsisType | None = ...,
     ) -> None:
+        ReplicaGroup(1, timeout)  # to refuse a time-out that makes no sense here, not in the first forward
         devices = None if device_ids is None else _checked(device_ids)
         if devices is None or devices[0].type == "cuda":
             super().__init__(module, devices, dim=dim)

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from syncbn_parallel._callbacks import device_of, introduce
+from syncbn_parallel._callbacks import introduce
 from syncbn_parallel._data_parallel import DataParallelWithCallback
+from syncbn_parallel._devices import device_of
 
 _D = TypeVar("_D", bound="nn.DataParallel[Any]")
 

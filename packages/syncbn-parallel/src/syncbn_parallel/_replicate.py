@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel._functions import Broadcast
 
+from syncbn_parallel._devices import as_device, moved
+
 _M = TypeVar("_M", bound=nn.Module)
 
 # One device's tensors; the key is the id of the module's own tensor that each of them stands for.
@@ -79,18 +81,6 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
     return replicas
 
 
-def as_device(device: int | str | torch.device) -> torch.device:
-    """Return ``device`` as a ``torch.device`` that compares equal to that of the tensors there."""
-    if isinstance(device, int):
-        return torch.device("cuda", device)
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    return device
-
-
 def named_submodules(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return what ``root.named_modules()`` yields, without its chain of generators, one per level."""
     found: list[tuple[str, nn.Module]] = []
@@ -121,7 +111,7 @@ def _by_device(tensors: Iterable[Tensor | None], devices: list[torch.device]) ->
             found[device] = dict(zip(originals, copies[i * len(originals) : (i + 1) * len(originals)]))
     else:
         for device in away:
-            found[device] = {key: t.to(device, non_blocking=True) for key, t in originals.items()}
+            found[device] = {key: moved(t, device) for key, t in originals.items()}
     return found
 
 

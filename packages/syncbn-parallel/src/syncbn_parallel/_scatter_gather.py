@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncbn_parallel._devices import moved
+
 
 def scatter_kwargs(
     inputs: tuple[Any, ...], kwargs: dict[str, Any] | None, devices: Sequence[torch.device], dim: int = 0
@@ -99,7 +101,7 @@ def _split(value: Any, devices: Sequence[torch.device], dim: int) -> list[Any]:
     """Return the part of ``value`` for each device."""
     if isinstance(value, Tensor):
         chunks = value.chunk(len(devices), dim)
-        return [chunk.to(device, non_blocking=True) for chunk, device in zip(chunks, devices, strict=True)]
+        return [moved(chunk, device) for chunk, device in zip(chunks, devices, strict=True)]
     if isinstance(value, (tuple, list)) and value:
         rows = zip(*(_split(item, devices, dim) for item in value))
         return [_rebuild_sequence(value, row) for row in rows]
@@ -114,7 +116,7 @@ def _join(parts: Sequence[Any], device: torch.device, dim: int, path: str) -> An
     _check_alike([Tensor if isinstance(part, Tensor) else type(part) for part in parts], "type", path)
     if isinstance(first, Tensor):
         _check_alike([part.dim() == 0 for part in parts], "kind of tensor, scalar or not,", path)
-        here = [part.to(device, non_blocking=True) for part in parts]
+        here = [moved(part, device) for part in parts]
         return torch.cat(here, dim) if first.dim() else torch.stack(here)
     if isinstance(first, (tuple, list)):
         _check_alike([len(part) for part in parts], "length", path)

@@ -17,6 +17,8 @@ import torch
 
 from syncbn_parallel._sequence import raise_sequence_number, sequence_number
 
+_SLICE = 0.5  # seconds
+
 
 class Job:
     """A call on a worker thread. When it has ended it has a ``result``, or the ``error`` that it raised."""
@@ -26,8 +28,7 @@ class Job:
         self.result: Any = None
         self.error: BaseException | None = None
         self.started = False
-        self.ended = threading.Lock()  # held until the worker has let go of this job
-        self.ended.acquire()
+        self.ended = threading.Event()  # and the worker has let go of this job
 
     def run(self) -> None:
         """Make the call."""
@@ -39,8 +40,9 @@ class Job:
             self.error = error
 
     def wait(self) -> None:
-        """Wait until the worker has let go of this job; any number of times."""
-        with self.ended:
+        """Wait until the worker has let go of this job."""
+        # In slices: a signal that arrives on the way into a wait does not end it.
+        while not self.ended.wait(_SLICE):
             pass
 
 
@@ -110,7 +112,7 @@ class _Worker:
             ended = job.ended
             del job  # a thread that waits for the next forward keeps nothing of the last one alive
             _pool.give_back(self)
-            ended.release()
+            ended.set()
 
 
 class _Pool:
