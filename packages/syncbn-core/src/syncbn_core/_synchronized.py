@@ -58,11 +58,15 @@ class _SynchronizedBatchNorm(_BatchNorm):
         self._check_input(input)
         of_batch = self.training or self.running_mean is None
         clamps = resolve_eps_mode(self.eps_mode) == "clamp"
-        if not self._synchronizes() and not clamps and (input.numel() or not of_batch):
+        synchronizes = self._synchronizes()
+        if not synchronizes and not clamps and (input.numel() or not of_batch):
             return super().forward(input)
         if not of_batch:
             return self._forward_running(input)
-        return self._forward_fused(input) if self.fused else self._forward_composite(input)
+        forward = self._forward_fused if self.fused else self._forward_composite
+        if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
+            forward = torch.compiler.disable(forward)
+        return forward(input, synchronizes)
 
     def _synchronizes(self) -> bool:
         """Whether this call depends on other replicas or processes."""
@@ -79,20 +83,20 @@ class _SynchronizedBatchNorm(_BatchNorm):
         var = self.running_var.clamp(min=self.eps)  # type: ignore[union-attr]
         return nn.functional.batch_norm(input, self.running_mean, var, self.weight, self.bias, eps=0.0)
 
-    def _forward_fused(self, input: Tensor) -> Tensor:
+    def _forward_fused(self, input: Tensor, synchronizes: bool) -> Tensor:
         name = self._where()
         x, statistics = _nodes.gather(input, name)
-        mean_invstd = self._agree(x, statistics)
+        mean_invstd = self._agree(x, statistics, synchronizes)
         return _nodes.apply(x, mean_invstd, self.weight, self.bias, name)
 
-    def _forward_composite(self, input: Tensor) -> Tensor:
-        mean, invstd = self._agree(input, _statistics.local_statistics(input))
+    def _forward_composite(self, input: Tensor, synchronizes: bool) -> Tensor:
+        mean, invstd = self._agree(input, _statistics.local_statistics(input), synchronizes)
         return _statistics.normalize(input, mean, invstd, self.weight, self.bias)
 
-    def _agree(self, x: Tensor, statistics: Tensor) -> Tensor:
+    def _agree(self, x: Tensor, statistics: Tensor, synchronizes: bool) -> Tensor:
         """``(2, C)``: the mean and the invstd to normalise with."""
         message = Message(statistics, samples_per_channel(x), x.dtype)
-        if not self._synchronizes():
+        if not synchronizes:
             return self._data_parallel_master([(0, message)])[0][1]
         if self._replication is None:
             self._replication = Replication(None, 0, self._where())
