@@ -65,7 +65,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
             return self._forward_running(input)
         forward = self._forward_fused if self.fused else self._forward_composite
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
-            forward = torch.compiler.disable(forward)
+            forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         return forward(input, synchronizes)
 
     def _synchronizes(self) -> bool:
