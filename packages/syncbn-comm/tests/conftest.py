@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from syncbn_comm import ReplicaGroup
+from syncbn_comm._party import State
 
 # Far beyond what anything here takes: it decides only when to call a thread hung.
 HANG_SECONDS = 30.0
@@ -68,3 +71,20 @@ def threads() -> Any:
     started = Threads()
     yield started
     started.join(started.started)
+
+
+def until_waiting(of: Any, *identifiers: Any, rounds: int = 0) -> None:
+    """Return once so many rounds are finished and these parties of a group or a master wait."""
+    rendezvous = of._rendezvous if isinstance(of, ReplicaGroup) else of._set
+    deadline = time.monotonic() + HANG_SECONDS
+    while sum(rendezvous.calls.values()) < rounds or any(
+        rendezvous.parties[key].state is not State.WAITING for key in identifiers
+    ):
+        assert time.monotonic() < deadline, f"{identifiers} never came to wait"
+        os.sched_yield()
+
+
+@pytest.fixture
+def waiting() -> Any:
+    """`until_waiting`, as a fixture because test files cannot import from here."""
+    return until_waiting

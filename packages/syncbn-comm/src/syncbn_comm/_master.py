@@ -170,5 +170,6 @@ class SyncMaster:
             self._forget_set("the master has been reset")
 
     def _forget_set(self, reason: str) -> None:
-        self._set.retire(f"this set of slaves of '{self._where}' is forgotten: {reason}; register anew")
-        self._set = self._empty_set()
+        # The new set first: whoever hears of the change finds it made.
+        old, self._set = self._set, self._empty_set()
+        old.retire(f"this set of slaves of '{self._where}' is forgotten: {reason}; register anew")

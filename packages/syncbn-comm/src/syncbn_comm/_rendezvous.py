@@ -156,10 +156,8 @@ class Rendezvous:
             self.calls[where] = self.calls.get(where, 0) + 1
             self._where = None
             self._running = len(parties)
-            # Two passes, so that all messages are gone before anybody returns.
             for identifier, party in parties.items():
                 party.slot = results[identifier]
-            for party in parties.values():
                 party.state = _RUNNING
                 if party is not self._lead:
                     party.wake.release()

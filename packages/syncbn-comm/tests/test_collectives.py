@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import operator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from syncbn_comm import BrokenSyncError, ReplicaGroup, SyncError
+
+
+def run_all(threads, world_size, work):
+    return threads.run_members(ReplicaGroup(world_size), *[work] * world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_all_reduce_folds_in_rank_order(threads, world_size):
+    whole = "".join(str(rank) for rank in range(world_size))
+    assert run_all(threads, world_size, lambda r: r.all_reduce(str(r.rank))) == [whole] * world_size
+
+
+def test_all_reduce_takes_any_operation(threads):
+    assert run_all(threads, 3, lambda r: r.all_reduce(r.rank + 2, operator.pow)) == [(2**3) ** 4] * 3
+
+
+def test_all_gather_gives_each_replica_a_list_of_its_own(threads):
+    lists = run_all(threads, 3, lambda r: r.all_gather(r.rank))
+    assert lists == [[0, 1, 2]] * 3
+    assert len({id(parts) for parts in lists}) == 3
+
+
+@pytest.mark.parametrize("src", [0, 1, 2])
+def test_broadcast_gives_everybody_the_object_of_the_source(threads, src):
+    objects = [object() for _ in range(3)]
+    results = run_all(threads, 3, lambda r: r.broadcast(objects[r.rank], src))
+    assert all(result is objects[src] for result in results)
+
+
+def test_replicas_that_disagree_on_the_source_are_told_so(threads):
+    outcomes = run_all(threads, 2, lambda r: r.broadcast(1, src=r.rank))
+    for outcome in outcomes:
+        assert type(outcome) is BrokenSyncError
+        assert "replica 0 at 'broadcast from 0' (call 1), replica 1 at 'broadcast from 1'" in str(outcome)
+
+
+@pytest.mark.parametrize("src", [-1, 2])
+def test_a_source_that_is_not_there_is_an_error(src):
+    with pytest.raises(ValueError, match=rf"expected src to be in 0\.\.1, got {src}"):
+        ReplicaGroup(2).member(0).broadcast(1, src=src)
+
+
+def test_nobody_passes_a_barrier_before_all_have_come(threads):
+    before, seen = [], []
+
+    def work(replica):
+        before.append(replica.rank)
+        replica.barrier()
+        seen.append(len(before))
+
+    run_all(threads, 4, work)
+    assert seen == [4] * 4
+
+
+def test_exchange_gives_each_replica_the_result_meant_for_it(threads):
+    def combine(messages):
+        return [(rank, message * 10 + rank) for rank, message in messages]
+
+    def work(replica):
+        return replica.exchange(replica.rank + 1, combine, where="layer")
+
+    assert run_all(threads, 3, work) == [10, 21, 32]
+
+
+def test_the_callback_of_rank_0_is_the_one_that_counts(threads):
+    def work(replica):
+        return replica.exchange(None, lambda messages: [(rank, replica.rank) for rank, _ in messages])
+
+    assert run_all(threads, 3, work) == [0, 0, 0]
+
+
+def test_a_member_is_always_the_same_object():
+    group = ReplicaGroup(2)
+    replica = group.member(1)
+    assert group.member(1) is replica
+    assert (replica.rank, replica.group, group.world_size) == (1, group, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(columns=st.lists(st.lists(st.integers(), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_many_collectives_in_a_row_agree_with_plain_python(columns):
+    group = ReplicaGroup(3)
+
+    def work(rank):
+        with group.member(rank) as replica:
+            own = [column[rank] for column in columns]
+            return [(replica.all_reduce(x), replica.all_gather(x)) for x in own]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, range(3))) == [[(sum(column), column) for column in columns]] * 3
+
+
+def test_a_misuse_is_also_a_sync_error():
+    with pytest.raises(SyncError):
+        ReplicaGroup(2).member(2)
