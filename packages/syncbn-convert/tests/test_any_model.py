@@ -150,7 +150,7 @@ def without_notes(snapshot: list) -> list:
 
 
 def behaviour(model: nn.Module) -> list[object]:
-    """State-dict keys, and what every batch norm layer on the CPU computes, alone, and which hooks it calls."""
+    """State-dict keys, what each batch norm layer on the CPU computes alone, and which hooks it calls."""
     calls.clear()
     seen: list[object] = [list(model.state_dict())]
     for layer in model.modules():

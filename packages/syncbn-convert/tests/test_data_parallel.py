@@ -96,6 +96,19 @@ def test_a_subclass_keeps_its_class_and_its_replicas_normalise_as_one_batch():
     torch.testing.assert_close(parallel(x), nn.BatchNorm1d(3)(x))
 
 
+def test_a_subclass_calls_replication_callbacks_from_then_on():
+    class Counting(nn.Linear):
+        def __data_parallel_replicate__(self, ctx, copy_id):
+            called.append((copy_id, ctx.num_replicas))
+
+    called: list[tuple[int, int]] = []
+    parallel = convert_model(on_cpu(Counting(3, 3), Foreign))
+
+    parallel(torch.randn(6, 3))
+
+    assert called == [(0, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("cls", [nn.DataParallel, Foreign, DataParallelWithCallback])
 @pytest.mark.parametrize("around", [lambda m: m, lambda m: nn.Sequential(m)])
 def test_a_reverted_wrapper_cannot_be_told_from_the_original(cls, around, snapshot):

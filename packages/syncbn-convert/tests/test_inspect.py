@@ -103,6 +103,19 @@ def test_wrappers_are_rows_of_their_own():
     assert [row.name for row in report.converted] == ["0.module"]
 
 
+def test_a_wrapper_says_why_it_is_skipped_and_nothing_once_it_is_converted():
+    model = nn.Sequential(nn.DataParallel(nn.BatchNorm2d(3)))
+
+    assert [row.outcome for row in inspect_model(model, skip="0").wrappers] == ["matches skip='0'"]
+    assert inspect_model(convert_model(model)).wrappers == ()
+
+
+def test_a_layer_that_synchronizes_already_is_converted_wherever_it_is():
+    model = convert_model(nn.Sequential(nn.BatchNorm2d(3)))
+
+    assert [row.name for row in inspect_model(model, skip="0").converted] == ["0"]
+
+
 def test_it_prints_as_a_table():
     assert str(inspect_model(make_model())).splitlines() == [
         "name    class          features  convert_model                     synchronizes over",

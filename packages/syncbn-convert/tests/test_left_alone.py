@@ -51,6 +51,12 @@ def scripted() -> nn.Module:
         return torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
 
 
+def scripted_by_itself() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.BatchNorm2d(3, track_running_stats=False))
+
+
 def traced() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -77,6 +83,7 @@ def quantization_aware() -> nn.Module:
         (lambda: with_attribute("fused", False), "odd", "an attribute 'fused' of its own"),
         (lambda: with_attribute("qconfig", object()), "odd", "qconfig"),
         (scripted, "odd.0", "part of a TorchScript module"),
+        (scripted_by_itself, "odd", "BatchNorm2d in TorchScript"),
         (traced, "odd.0", "part of a TorchScript module"),
         (fused, "odd.1", "part of the quantized or fused ConvBn2d"),
         (quantization_aware, "odd.bn", "part of the quantized or fused ConvBn2d"),
@@ -145,3 +152,8 @@ def test_a_model_wrapped_for_distributed_training_is_an_error_that_tells_the_ord
 
 def test_a_model_converted_before_it_was_wrapped_is_no_error():
     convert_model(Wrapped(convert_model(nn.Sequential(nn.BatchNorm2d(3)))))
+
+
+def test_an_odd_layer_in_a_wrapped_model_is_left_alone_like_any_other():
+    with pytest.warns(UserWarning, match=r"'module\.0': BatchNormReLU is a subclass"):
+        convert_model(Wrapped(nn.Sequential(BatchNormReLU(3))))

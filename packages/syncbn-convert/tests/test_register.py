@@ -62,6 +62,24 @@ def test_a_registered_subclass_takes_the_place_of_the_class_and_the_object_stays
     assert snapshot(revert_model(model)) == before
 
 
+def test_a_class_that_is_no_batch_norm_may_be_registered_and_keeps_its_attributes(snapshot):
+    class Mine(nn.Sequential):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model.fused = "mine"
+    before = snapshot(model)
+
+    with register_conversion(nn.Sequential, Mine):
+        convert_model(model, fused=False)
+
+    assert type(model) is Mine
+    assert model.fused == "mine"
+    assert "_layer_name" not in vars(model)
+    assert type(model[0]) is SynchronizedBatchNorm2d
+    assert snapshot(revert_model(model)) == before
+
+
 def test_a_factory_replaces_a_module_under_all_its_names(conditional):
     model = nn.ModuleDict({"a": conditional, "b": nn.ModuleList([conditional])})
 
@@ -103,6 +121,10 @@ def test_the_modes_inside_an_original_that_is_wrapped_stay():
 
     assert not converted[0].training
     assert original.part.training
+
+    revert_model(converted)
+    assert original.part.training
+    assert not original.training
 
 
 def test_the_original_comes_back_with_the_tensors_of_today(conditional, snapshot):

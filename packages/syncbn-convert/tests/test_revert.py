@@ -14,10 +14,9 @@ from syncbn_core import SynchronizedBatchNorm2d
 
 def make_model() -> nn.Module:
     shared = nn.BatchNorm2d(3)
-    shared.note = object()
-    return nn.Sequential(
-        shared, nn.SyncBatchNorm(3), nn.ModuleList([shared]), nn.BatchNorm3d(3, affine=False)
-    )
+    process_wide = nn.SyncBatchNorm(3)
+    shared.note = process_wide.note = object()
+    return nn.Sequential(shared, process_wide, nn.ModuleList([shared]), nn.BatchNorm3d(3, affine=False))
 
 
 @pytest.mark.parametrize("options", [{}, {"eps_mode": "clamp", "fused": False, "process_group": object()}])

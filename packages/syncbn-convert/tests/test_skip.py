@@ -41,7 +41,7 @@ def test_what_matches_is_left_alone_with_all_that_it_contains_and_without_a_warn
 def test_a_shared_layer_is_skipped_under_any_of_its_names(model):
     model["head"] = nn.Sequential(model["encoder"][0])
 
-    convert_model(model, skip="head")
+    convert_model(model, skip="head.0")
 
     assert synchronized(model) == ["encoder.1", "decoder.0"]
 

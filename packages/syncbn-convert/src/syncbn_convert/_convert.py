@@ -126,7 +126,7 @@ def revert_model(model: nn.Module) -> nn.Module:
                     f"{', '.join(lost)}; have the factory share them"
                 )
             originals[module] = note.original
-            edits.append((module, partial(build_back, module, note)))
+            edits.append((note.original, partial(build_back, module, note)))
     carry_out(edits + substitutions(model, originals))
     return originals.get(model, model)
 

@@ -117,7 +117,6 @@ def build_back(replacement: nn.Module, note: BuildNote) -> None:
         old_slots[old_key] = slots[key]
     if note.original.training != replacement.training:
         note.original.train(replacement.training)
-    vars(replacement).pop(NOTE)
 
 
 def _tensors(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

@@ -141,7 +141,7 @@ def _by_itself(name: str, module: nn.Module) -> Finding | None:
         return Finding(name, module, Verdict.SYNCHRONIZES)
     conversion = conversion_of(type(module))
     if conversion is not None:
-        obstacle = _obstacle(module) if isinstance(conversion, Swap) else ""
+        obstacle = _obstacle(module, conversion.target) if isinstance(conversion, Swap) else ""
         if obstacle:
             return Finding(name, module, Verdict.LEFT_ALONE, reason=obstacle)
         return Finding(name, module, Verdict.CONVERTS, conversion)
@@ -149,16 +149,16 @@ def _by_itself(name: str, module: nn.Module) -> Finding | None:
     return Finding(name, module, Verdict.LEFT_ALONE, reason=reason) if reason else None
 
 
-def _obstacle(module: nn.Module) -> str:
-    """What on this object, rather than in its class, forbids changing its class."""
+def _obstacle(module: nn.Module, target: type[nn.Module]) -> str:
+    """What on this object, rather than in its class, forbids making it a `target`."""
     own = vars(module)
     if "forward" in own:
         return "has a forward of its own, set on the object, which would go on to run the unsynchronized one"
     if own.get("qconfig") is not None:
         return "prepared for quantization (it has a qconfig)"
-    known = {"process_group"} if isinstance(module, nn.SyncBatchNorm) else set()
-    for option in OPTIONS:
-        if option in own and option not in known:
+    for option in OPTIONS if issubclass(target, SYNCHRONIZED) else ():
+        expected = option == "process_group" and isinstance(module, nn.SyncBatchNorm)
+        if option in own and not expected:
             return f"has an attribute {option!r} of its own, which a synchronized layer uses otherwise"
     return ""
 
