@@ -49,7 +49,7 @@ class SplitAs(DataParallelWithCallback):
         self.sizes = sizes
 
     def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
-        return [(part,) for part in inputs[0].split(self.sizes)], [{} for _ in self.sizes]
+        return list(zip(*(x.split(self.sizes) for x in inputs), strict=True)), [{} for _ in self.sizes]
 
 
 def weighted_sum(y: Tensor) -> Tensor:
