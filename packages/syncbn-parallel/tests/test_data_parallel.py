@@ -224,3 +224,11 @@ def test_a_shared_layer_meets_at_each_of_its_calls(centre_class):
     model = DataParallelWithCallback(nn.Sequential(centre, nn.Tanh(), centre), ["cpu"] * 2)
     x = torch.randn(6, 2)
     torch.testing.assert_close(model(x), nn.Sequential(centre, nn.Tanh(), centre)(x))
+
+
+def test_the_compiler_leaves_it_alone(centred_net):
+    model = DataParallelWithCallback(centred_net(), ["cpu"] * 2)
+    x = torch.randn(6, 4).double()
+    compiled = torch.compile(nn.Sequential(nn.Tanh(), model), backend="eager")
+    assert torch.equal(compiled(x), model(x.tanh()))
+    assert torch.equal(torch.compile(model, backend="eager")(x), model(x))

@@ -16,6 +16,9 @@ from syncbn_parallel import DataParallelWithCallback
 
 SECONDS = 60.0  # of waiting, before a test gives up
 
+# What torch 2.4 says about itself.
+TORCH_2_4 = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast.* is deprecated:FutureWarning")
+
 
 class Boom(Exception):
     """What no library raises."""
@@ -297,6 +300,7 @@ def test_a_forward_that_succeeds_keeps_nothing_alive_without_the_garbage_collect
         gc.enable()
 
 
+@TORCH_2_4
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_around_the_whole_model_is_right_or_says_what_to_do(centred_net, reentrant):
     model = DataParallelWithCallback(centred_net(), ["cpu"] * 2)
@@ -313,6 +317,7 @@ def test_a_checkpoint_around_the_whole_model_is_right_or_says_what_to_do(centred
         assert torch.equal(x.grad, expected)
 
 
+@TORCH_2_4
 def test_a_checkpoint_that_runs_the_whole_model_again_says_what_to_do(centred_net):
     model = DataParallelWithCallback(centred_net(), ["cpu"] * 2)
     x = torch.randn(4, 4).double().requires_grad_()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from syncbn_comm import ReplicaGroup
 from syncbn_parallel._callbacks import introduce
@@ -92,6 +93,9 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         self.dim = dim
         self.timeout = timeout
 
+    # The compiler would trace the hand-off between threads. Its public ``disable`` does the same as this, but
+    # loads the compiler with this module, a second that only those who train spend anyway.
+    @_disable_dynamo
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module on every device's share of the arguments, and join the outputs.
 
