@@ -36,13 +36,13 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
     **Guarantees**
 
     - If replicas raise, the forward raises the first of their exceptions, the very object, with a note that
-      names the replica, its device and the layer. It does so at once, and no replica runs on after it.
-    - After any failure the next forward works.
+      names the replica, its device and the layer. Whoever waits for that replica stops at once, and no
+      replica runs on after the forward. The next forward works.
     - The gradients are the same, bit for bit, in every run of the same program, however the threads
       interleave.
-    - Replicas run on lasting threads, of which there are never more than replicas have run at once. They work
-      under the caller's grad mode, inference mode, autocast state and context variables, each on its share of
-      the caller's intra-op threads.
+    - Replicas work under the caller's grad mode, inference mode, autocast state and context variables, each
+      on its share of the caller's intra-op threads. They run on lasting threads; for a given share, there
+      are never more of these than replicas have run at once.
     - Any number of threads may run models at once, or one model, as far as the module itself allows it.
 
     Args:

@@ -32,10 +32,8 @@ class Job:
 
     def run(self) -> None:
         """Make the call."""
-        call = self._call
-        del self._call  # with its arguments: the job of a failed call lives on in the traceback
         try:
-            self.result = call()
+            self.result = self._call()
         except BaseException as error:
             self.error = error
 
