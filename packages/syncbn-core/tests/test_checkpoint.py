@@ -1,0 +1,182 @@
+"""Gradient checkpointing inside of replicas: a recomputation repeats what was agreed on, and meets nobody."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from syncbn_core import SynchronizedBatchNorm1d
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def recomputed(part, x):
+    return checkpoint(part, x, use_reentrant=False)
+
+
+def everything(model, x):
+    return recomputed(model, x)
+
+
+def the_first_part(model, x):
+    return model[2:](recomputed(model[:2], x))
+
+
+def the_last_part(model, x):
+    return recomputed(model[2:], model[:2](x))
+
+
+def every_module_by_itself(model, x):
+    for module in model:
+        x = recomputed(module, x)
+    return x
+
+
+def one_layer_twice_in_two_checkpoints(model, x):
+    return model[2:](recomputed(model[1], recomputed(model[:2], x)))
+
+
+def one_layer_twice_in_one_checkpoint(model, x):
+    return recomputed(nn.Sequential(*model, model[1], model[0], model[1]), x)
+
+
+def one_layer_in_a_checkpoint_and_without(model, x):
+    return model(recomputed(model[1], x.tanh()))
+
+
+def a_checkpoint_in_a_checkpoint(model, x):
+    return recomputed(lambda x: recomputed(model[2:], recomputed(model[:2], x)), x)
+
+
+WAYS = [
+    everything,
+    the_first_part,
+    the_last_part,
+    every_module_by_itself,
+    one_layer_twice_in_two_checkpoints,
+    one_layer_twice_in_one_checkpoint,
+    one_layer_in_a_checkpoint_and_without,
+    a_checkpoint_in_a_checkpoint,
+]
+
+
+def make_model(**options):
+    layers = [SynchronizedBatchNorm1d(3, **options) for _ in range(2)]
+    return nn.Sequential(nn.Linear(3, 3), layers[0], nn.Tanh(), nn.Linear(3, 3), layers[1]).double()
+
+
+def without_checkpoints(monkeypatch):
+    """Make ``recomputed`` a plain call."""
+    monkeypatch.setitem(globals(), "recomputed", lambda part, x: part(x))
+
+
+@pytest.fixture
+def inputs():
+    return [torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (4, 2, 3)]
+
+
+@pytest.fixture
+def gradients_of(replicas_of, weighted_sum):
+    """The gradients of one forward by ``way(replica, x)``: the mean of those of some backwards."""
+
+    def gradients(model, inputs, way, backwards=1):
+        leaves = [*inputs, *model.parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        outputs = replicas_of(model, len(inputs)).run(lambda replica, rank: way(replica, inputs[rank]))
+        # All replicas have left their group: whoever wanted to meet another one now, would get an error.
+        loss = weighted_sum(torch.cat(outputs))
+        for left in reversed(range(backwards)):
+            loss.backward(retain_graph=left > 0)
+        return [None if leaf.grad is None else leaf.grad / backwards for leaf in leaves]
+
+    return gradients
+
+
+@pytest.mark.parametrize("backwards", [1, 2], ids=["one backward", "retain_graph"])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps_mode": "clamp", "eps": 0.3}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_and_running_statistics_are_those_without_checkpoints(
+    way, options, backwards, inputs, gradients_of, monkeypatch
+):
+    model = make_model(**options)
+    plain = copy.deepcopy(model)
+    actual = gradients_of(model, inputs, way, backwards)
+    with monkeypatch.context() as patch:
+        without_checkpoints(patch)
+        expected = gradients_of(plain, inputs, way)
+    torch.testing.assert_close(actual, expected, **TIGHT)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), **TIGHT)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("needing", [[], [0], [1, 2]], ids=str)
+def test_inputs_that_need_no_gradient_change_nothing(needing, affine, inputs, gradients_of, monkeypatch):
+    # The layer comes first, so that nothing before it needs a gradient either.
+    model = nn.Sequential(SynchronizedBatchNorm1d(3, affine=affine), nn.Linear(3, 3)).double()
+    for rank, x in enumerate(inputs):
+        x.requires_grad_(rank in needing)
+    actual = gradients_of(model, inputs, everything)
+    without_checkpoints(monkeypatch)
+    torch.testing.assert_close(actual, gradients_of(model, inputs, everything), **TIGHT)
+
+
+def test_a_checkpoint_in_one_replica_alone_changes_nothing(inputs, gradients_of, monkeypatch):
+    model = make_model()
+
+    def way(replica, x):
+        return everything(replica, x) if x is inputs[1] else replica(x)
+
+    actual = gradients_of(model, inputs, way)
+    without_checkpoints(monkeypatch)
+    torch.testing.assert_close(actual, gradients_of(model, inputs, way), **TIGHT)
+
+
+def test_a_forward_without_gradients_before_changes_nothing(inputs, gradients_of, monkeypatch):
+    model = make_model()
+
+    def way(replica, x):
+        with torch.no_grad():
+            target = replica(2 * x + 1)
+        return everything(replica, x) - target
+
+    actual = gradients_of(model, inputs, way)
+    without_checkpoints(monkeypatch)
+    torch.testing.assert_close(actual, gradients_of(model, inputs, way), **TIGHT)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_is_told_in_the_first_backward_to_be_none(inputs, gradients_of):
+    model = make_model()
+    with pytest.raises(RuntimeError, match=r"net\.1.*use_reentrant=False"):
+        gradients_of(model[:2], inputs, lambda replica, x: checkpoint(replica, x, use_reentrant=True) * 1)
+
+
+def test_a_reentrant_checkpoint_is_told_even_if_the_layer_also_ran_without(inputs, gradients_of):
+    model = make_model()
+
+    def way(replica, x):
+        return checkpoint(replica[1], replica(x), use_reentrant=True)
+
+    with pytest.raises(RuntimeError, match=r"net\.1.*use_reentrant=False"):
+        gradients_of(model, inputs, way)
+
+
+@pytest.mark.parametrize("way", [everything, the_last_part])
+def test_the_composite_path_in_a_checkpoint_names_the_way_out(way, inputs, gradients_of):
+    with pytest.raises(RuntimeError, match=r"net\.[14].*fused=True, or leave it out of the checkpoint"):
+        gradients_of(make_model(fused=False), inputs, way)
+
+
+def test_torch_tells_inside_of_a_backward_that_it_is_one():
+    # Private to torch, so this is what to look at first if the tests above fail on another version.
+    inside = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: inside.append(torch._C._current_graph_task_id()))
+    assert torch._C._current_graph_task_id() == -1
+    y.backward()
+    assert inside != [-1]
+    assert torch._C._current_graph_task_id() == -1

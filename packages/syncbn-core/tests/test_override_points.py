@@ -1,0 +1,115 @@
+"""What forks of this idea override is honoured, and runs as often and where it always did."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from syncbn_core import SynchronizedBatchNorm2d
+
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+
+
+@pytest.fixture
+def chunks():
+    return [torch.randn(size, 3, 4, 4) for size in (2, 1, 3)]
+
+
+@FUSED
+def test_the_master_callback_runs_once_per_call_in_the_thread_of_replica_0(fused, chunks, replicas_of):
+    calls = []
+
+    class Fork(SynchronizedBatchNorm2d):
+        def _data_parallel_master(self, intermediates):
+            calls.append((threading.get_ident(), [rank for rank, _ in intermediates]))
+            return super()._data_parallel_master(intermediates)
+
+    layer = Fork(3, fused=fused)
+
+    def forward(replica, rank):
+        replica(replica(chunks[rank]))
+        return threading.get_ident()
+
+    threads = replicas_of(layer, 3).run(forward)
+    assert calls == [(threads[0], [0, 1, 2])] * 2
+    assert layer.num_batches_tracked == 2
+
+
+@FUSED
+def test_the_master_callback_decides_what_a_replica_normalises_with(fused, chunks, run_replicas):
+    class Fork(SynchronizedBatchNorm2d):
+        def _data_parallel_master(self, intermediates):
+            results = super()._data_parallel_master(intermediates)
+            return [(rank, torch.stack([torch.full((3,), rank), torch.ones(3)])) for rank, _ in results]
+
+    for rank, y in enumerate(run_replicas(Fork(3, fused=fused), chunks)):
+        torch.testing.assert_close(y, chunks[rank] - rank)
+
+
+@FUSED
+def test_compute_mean_std_is_given_the_whole_batch_and_decides_what_comes_of_it(fused, chunks, run_replicas):
+    given = []
+
+    class Fork(SynchronizedBatchNorm2d):
+        def _compute_mean_std(self, mean, m2, count):
+            given.append((mean.detach(), m2.detach(), count))
+            return torch.zeros_like(mean), torch.full_like(mean, 2.0)
+
+    layer = Fork(3, fused=fused)
+    outputs = run_replicas(layer, chunks)
+    batch = torch.cat(chunks).double()
+    ((mean, m2, count),) = given
+    torch.testing.assert_close(mean, batch.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(m2, batch.var((0, 2, 3), correction=0) * 96, rtol=1e-5, atol=0)
+    assert count.tolist() == [96.0] * 3
+    torch.testing.assert_close(outputs, [2 * chunk for chunk in chunks])
+    # It also moves the running statistics, so a fork that does not call it has unmoved ones.
+    assert layer.num_batches_tracked == 0
+
+
+def test_a_replication_callback_of_a_fork_sees_every_replica_the_master_first(replicas_of):
+    class Fork(SynchronizedBatchNorm2d):
+        def __data_parallel_replicate__(self, ctx, copy_id):
+            super().__data_parallel_replicate__(ctx, copy_id)
+            seen.append((ctx.name, copy_id))
+
+    seen = []
+    replicas_of(nn.Sequential(Fork(3)), 3).run(lambda replica, rank: replica(torch.randn(2, 3, 4, 4)))
+    assert seen == [("net.0", 0), ("net.0", 1), ("net.0", 2)]
+
+
+def test_a_fork_that_ignores_the_callback_stays_alone(replicas_of):
+    class Fork(SynchronizedBatchNorm2d):
+        def __data_parallel_replicate__(self, ctx, copy_id):
+            self._replication = None
+
+    x = torch.randn(2, 3, 4, 4)
+    replica = replicas_of(Fork(3), 2).modules[1]
+    torch.testing.assert_close(replica(x), nn.BatchNorm2d(3)(x))
+
+
+def test_resets_of_a_fork_are_called_by_torchs_constructor():
+    called = []
+
+    class Fork(SynchronizedBatchNorm2d):
+        def reset_parameters(self):
+            called.append("reset_parameters")
+            super().reset_parameters()
+
+        def reset_running_stats(self):
+            called.append("reset_running_stats")
+            super().reset_running_stats()
+
+    Fork(3)
+    assert called == ["reset_parameters", "reset_running_stats"]
+
+
+def test_a_forward_of_a_fork_may_add_to_ours(chunks, run_replicas, replicas_of):
+    class ConditionalBatchNorm(SynchronizedBatchNorm2d):
+        def forward(self, input, gain):
+            return super().forward(input) * gain
+
+    outputs = replicas_of(ConditionalBatchNorm(3), 3).run(lambda replica, rank: replica(chunks[rank], 3.0))
+    plain = run_replicas(SynchronizedBatchNorm2d(3), chunks)
+    torch.testing.assert_close(outputs, [3 * y for y in plain])
