@@ -1,5 +1,6 @@
 """What the copies of a sub-module learn of each other."""
 
+import copy
 import gc
 import weakref
 
@@ -91,6 +92,11 @@ def test_an_attribute_that_nobody_has_set_is_a_clear_error():
     context = CallbackContext("layer1.bn", (torch.device("cpu"),), ReplicaGroup(1))
     with pytest.raises(AttributeError, match=r"'table' on the context of 'layer1\.bn'"):
         _ = context.table
+
+
+def test_a_context_can_be_copied():
+    context = CallbackContext("layer1.bn", (torch.device("cpu"),), ReplicaGroup(1))
+    assert copy.copy(context).name == "layer1.bn"
 
 
 def test_the_callback_is_looked_up_on_the_class():

@@ -1,6 +1,7 @@
 """What happens to everybody when one replica fails."""
 
 import gc
+import itertools
 import signal
 import threading
 import traceback
@@ -170,6 +171,23 @@ def test_a_hook_of_the_model_that_raises_reaches_the_others(centred_net, registe
     getattr(net, register)(hook)
     with pytest.raises(Boom) as caught:
         DataParallelWithCallback(net, ["cpu"] * 3, timeout=SECONDS)(torch.randn(6, 4).double())
+    assert caught.value is error
+
+
+def test_a_replica_that_fails_before_its_call_reaches_the_others(centred_net, monkeypatch):
+    from syncbn_parallel import _data_parallel
+
+    error, states = Boom(), itertools.count()
+    original = _data_parallel.CallerState.applied
+
+    def applied(state, device):
+        if next(states) == 1:
+            raise error
+        return original(state, device)
+
+    monkeypatch.setattr(_data_parallel.CallerState, "applied", applied)
+    with pytest.raises(Boom) as caught:
+        DataParallelWithCallback(centred_net(), ["cpu"] * 3, timeout=SECONDS)(torch.randn(6, 4).double())
     assert caught.value is error
 
 

@@ -41,7 +41,9 @@ class CallbackContext:
         def __setattr__(self, attribute: str, value: Any) -> None: ...
 
     def __getattr__(self, attribute: str) -> Any:
-        raise AttributeError(f"no callback has set {attribute!r} on the context of {self.name!r}")
+        raise AttributeError(
+            f"no callback has set {attribute!r} on the context of {vars(self).get('name')!r}"
+        )
 
     def __repr__(self) -> str:
         return f"CallbackContext(name={self.name!r}, num_replicas={self.num_replicas})"

@@ -138,7 +138,7 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         group = group_of(replicas)
         state = CallerState(devices)
         calls = [
-            partial(copy_context().run, _run_replica, *one, state)
+            partial(copy_context().run, _run_replica, *one, state, group)
             for one in zip(replicas, inputs, kwargs, devices, strict=True)
         ]
         share = max(1, torch.get_num_threads() // len(self.device_ids))
@@ -164,10 +164,21 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
 
 
 def _run_replica(
-    replica: nn.Module, inputs: Any, kwargs: dict[str, Any], device: torch.device, state: CallerState
+    replica: nn.Module,
+    inputs: Any,
+    kwargs: dict[str, Any],
+    device: torch.device,
+    state: CallerState,
+    group: ReplicaGroup,
 ) -> Any:
-    with state.applied(device):
-        return replica(*inputs, **kwargs) if isinstance(inputs, (tuple, list)) else replica(inputs, **kwargs)
+    if not isinstance(inputs, (tuple, list)):  # an override of scatter may leave a tensor bare
+        inputs = (inputs,)
+    try:
+        with state.applied(device):
+            return replica(*inputs, **kwargs)
+    except BaseException as error:
+        group.abort(error)  # news only of a replica that failed outside of its call
+        raise
 
 
 def _checked(device_ids: Sequence[int | str | torch.device]) -> list[torch.device]:

@@ -30,9 +30,10 @@ class Job:
         self.started = False
         self.ended = threading.Event()  # and the worker has let go of this job
 
-    def run(self) -> None:
-        """Make the call."""
+    def run(self, start_number: int) -> None:
+        """Make the call; its autograd nodes are numbered from ``start_number``."""
         try:
+            raise_sequence_number(start_number)
             self.result = self._call()
         except BaseException as error:
             self.error = error
@@ -104,8 +105,7 @@ class _Worker:
             self._wake.acquire()
             job = self._job
             del self._job
-            raise_sequence_number(self._start_number)
-            job.run()
+            job.run(self._start_number)
             self.sequence_number = sequence_number()
             ended = job.ended
             del job  # a thread that waits for the next forward keeps nothing of the last one alive
@@ -128,7 +128,14 @@ class _Pool:
         with self._lock:
             idle = self._idle[share]
             workers = [idle.pop() for _ in range(min(number, len(idle)))]
-        return workers + [_Worker(share) for _ in range(number - len(workers))]
+        try:
+            while len(workers) < number:
+                workers.append(_Worker(share))
+        except BaseException:  # the system may refuse a thread
+            for worker in workers:
+                self.give_back(worker)
+            raise
+        return workers
 
     def give_back(self, worker: _Worker) -> None:
         with self._lock:
