@@ -27,32 +27,33 @@ def convert_model(
 ) -> nn.Module:
     """Synchronize the batch norm layers of a model, and change nothing else about it.
 
-    Layers of exactly the class `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`, at every depth, become
-    synchronized ones, an `nn.DataParallel` becomes a `DataParallelWithCallback` with the same devices (and
-    an instance of a subclass of it gets replication callbacks). The module objects stay and only their class
-    changes; so parameters, buffers, hooks, training and requires_grad flags, user attributes, shared modules,
-    state-dict keys and an optimizer built before all hold. Other kinds of batch norm are left alone, with one
-    warning that lists them.
+    Layers of exactly the class ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm``, at every depth,
+    become synchronized ones; an ``nn.DataParallel`` becomes a ``DataParallelWithCallback`` on the same
+    devices, and an instance of a subclass of it gets replication callbacks. The objects stay, only their
+    class changes: so parameters, buffers, hooks, training and requires_grad flags, user attributes, shared
+    modules, state-dict keys and an optimizer built before all hold. Other kinds of batch norm are left alone,
+    with one warning that lists them.
 
     Layers that synchronize already stay as they are, with the options that they have.
 
     Args:
         model: any module; a batch norm layer by itself too.
-        process_group: for the layers that convert: as in `SynchronizedBatchNorm2d`. None leaves an
-            `nn.SyncBatchNorm` the group that it has.
-        eps_mode: for the layers that convert: as in `SynchronizedBatchNorm2d`.
-        fused: for the layers that convert: as in `SynchronizedBatchNorm2d`.
+        process_group: for the layers that convert: as in ``SynchronizedBatchNorm2d``. None leaves an
+            ``nn.SyncBatchNorm`` the group that it has.
+        eps_mode: for the layers that convert: as in ``SynchronizedBatchNorm2d``.
+        fused: for the layers that convert: as in ``SynchronizedBatchNorm2d``.
         skip: which modules to leave alone, with all that they contain: names or shell-style patterns for
-            names (`"decoder"`, `"*.bn2"`) and predicates `(name, module) -> bool`.
+            names (``"decoder"``, ``"*.bn2"``) and predicates ``(name, module) -> bool``.
         inplace: False converts a copy (which holds the same process groups) and leaves the model as it is.
 
     Returns:
-        The converted model: `model` itself unless `inplace` is False, or a registered factory replaced it.
+        The converted model: ``model`` itself, unless ``inplace`` is False or a registered factory replaced
+        it.
 
     Raises:
-        ValueError: a layer to convert is inside a `DistributedDataParallel`; a pattern in `skip` matches
-            nothing; `eps_mode` is unknown. The model is as it was, as after any error.
-        TypeError: the model is no module; `skip` holds something else; a registered factory returned
+        ValueError: a layer to convert is inside a ``DistributedDataParallel``; a pattern in ``skip`` matches
+            nothing; ``eps_mode`` is unknown. The model is as it was, as after any error.
+        TypeError: the model is no module; ``skip`` holds something else; a registered factory returned
             something else than a module.
 
     Example:
@@ -90,7 +91,7 @@ def convert_model(
 
 
 def revert_model(model: nn.Module) -> nn.Module:
-    """Take back what `convert_model` (or `patch_sync_batchnorm`) did, exactly, and nothing else.
+    """Take back what ``convert_model`` (or ``patch_sync_batchnorm``) did, exactly, and nothing else.
 
     The weights and statistics of today stay. Synchronized layers that were built as such stay too.
 
@@ -98,8 +99,8 @@ def revert_model(model: nn.Module) -> nn.Module:
         model: a model with converted layers; changed in place.
 
     Returns:
-        The model with every converted module back at the class it was converted from: `model` itself, unless
-        a registered factory had replaced it.
+        The model with every converted module back at the class it was converted from: ``model`` itself,
+        unless a registered factory had replaced it.
 
     Raises:
         TypeError: the model is no module.

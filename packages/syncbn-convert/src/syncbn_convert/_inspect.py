@@ -24,7 +24,7 @@ class _Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """One module in a `Report`.
+    """One module in a ``Report``.
 
     Attributes:
         name: the qualified name in the model; '' for the model itself.
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect_model` found, in the model's order; prints as a table."""
+    """What ``inspect_model`` found, in the model's order; prints as a table."""
 
     rows: tuple[Row, ...]
 
@@ -80,21 +80,21 @@ class Report:
 def inspect_model(
     model: nn.Module, *, process_group: Any = None, skip: SkipRule | Iterable[SkipRule] = ()
 ) -> Report:
-    """Say, layer by layer, what `convert_model` would do with the same arguments, and why; change nothing.
+    """Say, layer by layer, what ``convert_model`` would do with the same arguments, and why; change nothing.
 
     From a shell: ``python -m syncbn_convert package.module:factory``.
 
     Args:
         model: any module, before or after its conversion.
-        process_group: as for `convert_model`.
-        skip: as for `convert_model`.
+        process_group: as for ``convert_model``.
+        skip: as for ``convert_model``.
 
     Returns:
-        The report: print it, or ask for its `converted` and `skipped` layers.
+        The report: print it, or ask for its ``converted`` and ``skipped`` layers.
 
     Raises:
-        ValueError: a pattern in `skip` matches nothing.
-        TypeError: the model is no module; `skip` holds something else than patterns and predicates.
+        ValueError: a pattern in ``skip`` matches nothing.
+        TypeError: the model is no module; ``skip`` holds something else than patterns and predicates.
 
     Example:
         >>> import torch

@@ -28,7 +28,7 @@ def layer_options(process_group: Any, eps_mode: EpsMode | None, fused: bool) -> 
 
 
 def swap_layer(layer: nn.Module, target: type[nn.Module], options: dict[str, Any], name: str = "") -> None:
-    """Make a layer a `target`; `name`, its place in the model, is for its error messages."""
+    """Make a layer a ``target``; ``name``, its place in the model, is for its error messages."""
     if not issubclass(target, SYNCHRONIZED):  # a class that somebody registered: around such layers, say
         swap(layer, target, {}, ())
         return
@@ -51,8 +51,9 @@ def convert_wrapper(wrapper: nn.DataParallel[Any]) -> None:
         _patch(wrapper)
         return
     # Without a GPU, an nn.DataParallel has no device_ids, output_device or dim, and runs its module alone.
+    # The constructor gets an empty module, as it may move the one that it gets.
     like = DataParallelWithCallback(
-        wrapper.module,
+        nn.Module(),
         wrapper.device_ids or None,
         getattr(wrapper, "output_device", None),
         getattr(wrapper, "dim", 0),

@@ -73,7 +73,7 @@ def swap(
 
 
 def note_changes(module: nn.Module, origin: type[nn.Module], before: dict[str, Any]) -> None:
-    """Note on a module what somebody else changed about it, whose class and `__dict__` were those given."""
+    """Note on a module what somebody else changed about it, whose class and ``__dict__`` were those given."""
     own = vars(module)
     names = [name for name in {**before, **own} if before.get(name) is not own.get(name)]
     if names or type(module) is not origin:

@@ -20,8 +20,8 @@ from ._registry import SYNCHRONIZED, Swap, conversion_of
 _CONSTRUCTORS: tuple[type[nn.Module], ...] = (_BatchNorm, nn.SyncBatchNorm)
 
 
-class _Build:
-    """One `with patch_sync_batchnorm()`: what its layers get, and the classes that it could not help."""
+class _Block:
+    """One ``with patch_sync_batchnorm()``: what its layers get, and the classes that it could not help."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -36,7 +36,7 @@ class _Build:
 
 
 # A context variable, not a global: other threads and tasks build what they always build.
-_build: ContextVar[_Build | None] = ContextVar("syncbn_convert.build", default=None)
+_block: ContextVar[_Block | None] = ContextVar("syncbn_convert.block", default=None)
 _lock = threading.Lock()
 _users = 0  # of the patched constructors, over all threads
 
@@ -48,22 +48,22 @@ def patch_sync_batchnorm(
     """Whatever batch norm layer is built inside, by whomever, is a synchronized one.
 
     For models that are built and used in one go, deep in code that cannot be changed. Otherwise prefer
-    `convert_model`, which also knows the layers' names. It is the constructors of torch's classes that are
-    patched, not their names, so libraries that did `from torch.nn import BatchNorm2d` long ago are served
-    too. As in `convert_model`, it is layers of exactly torch's classes (and of those with a registered class
-    to become) that change; a warning at the end lists the other classes of batch norm layers that were
-    built. `revert_model` turns the layers back.
+    ``convert_model``, which also knows the layers' names. It is the constructors of torch's classes that are
+    patched, not their names, so libraries that did ``from torch.nn import BatchNorm2d`` long ago are served
+    too. As in ``convert_model``, it is layers of exactly torch's classes (and of those with a registered
+    class to become) that change; a warning at the end lists the other classes of batch norm layers that
+    were built. ``revert_model`` turns the layers back.
 
     Args:
-        process_group: for the layers built inside: as in `SynchronizedBatchNorm2d`.
-        eps_mode: for the layers built inside: as in `SynchronizedBatchNorm2d`.
-        fused: for the layers built inside: as in `SynchronizedBatchNorm2d`.
+        process_group: for the layers built inside: as in ``SynchronizedBatchNorm2d``.
+        eps_mode: for the layers built inside: as in ``SynchronizedBatchNorm2d``.
+        fused: for the layers built inside: as in ``SynchronizedBatchNorm2d``.
 
     Raises:
-        ValueError: `eps_mode` is unknown.
+        ValueError: ``eps_mode`` is unknown.
 
     Guarantees:
-        - Only layers built in the thread (or asyncio task) of the `with` block change.
+        - Only layers built in the thread (or asyncio task) of the ``with`` block change.
         - Blocks may be nested, and be open in any number of threads at once; the innermost's options hold.
         - torch is as it was as soon as the last block is left, by an exception or not.
 
@@ -76,18 +76,18 @@ def patch_sync_batchnorm(
         >>> type(torch.nn.BatchNorm2d(8)).__name__
         'BatchNorm2d'
     """
-    build = _Build(layer_options(process_group, eps_mode, fused))
+    block = _Block(layer_options(process_group, eps_mode, fused))
     _hold_patch()
-    outer = _build.set(build)
+    outer = _block.set(block)
     try:
         yield
     finally:
-        _build.reset(outer)
+        _block.reset(outer)
         _release_patch()
-    if build.left:
+    if block.left:
         warnings.warn(
             "patch_sync_batchnorm: layers of these classes were built and do not synchronize: "
-            f"{', '.join(sorted(build.left))}; say what such a layer becomes by "
+            f"{', '.join(sorted(block.left))}; say what such a layer becomes by "
             "register_conversion(SourceType, factory)",
             stacklevel=3,
         )
@@ -115,9 +115,9 @@ def _finishing(cls: type[nn.Module], init: Callable[..., None]) -> Callable[...,
     @functools.wraps(init)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        build = _build.get()
+        block = _block.get()
         # An nn.SyncBatchNorm is complete when its own constructor ends, not when that of its base does.
-        if build is not None and isinstance(self, nn.SyncBatchNorm) == (cls is nn.SyncBatchNorm):
-            build.finish(self)
+        if block is not None and isinstance(self, nn.SyncBatchNorm) == (cls is nn.SyncBatchNorm):
+            block.finish(self)
 
     return __init__

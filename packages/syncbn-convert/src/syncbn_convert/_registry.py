@@ -28,7 +28,7 @@ SYNCHRONIZED = (
 
 @dataclass(frozen=True)
 class Swap:
-    """The module object stays and its class becomes `target`."""
+    """The module object stays and its class becomes ``target``."""
 
     target: type[nn.Module]
 
@@ -38,7 +38,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Build:
-    """`factory(module)` returns the module that takes its place."""
+    """``factory(module)`` returns the module that takes its place."""
 
     factory: Callable[[Any], nn.Module]
 
@@ -73,28 +73,28 @@ _registered: OrderedDict[int, tuple[type[nn.Module], Conversion]] = OrderedDict(
 def register_conversion(
     source: type[nn.Module], factory: type[nn.Module] | Callable[[Any], nn.Module]
 ) -> RemovableHandle:
-    """Say what modules of exactly the class `source` become under `convert_model`.
+    """Say what modules of exactly the class ``source`` become under ``convert_model``.
 
     Subclasses of torch's layers are not guessed at: an activation fused into the layer, frozen statistics or
     a class-conditional affine part each ask for another answer. This is the place to give it.
 
     Args:
         source: the class to convert. Its subclasses are other classes, with conversions of their own.
-        factory: either a subclass of `source`, which the module's class then becomes: the object stays, with
-            everything that it holds. Or any other callable: it gets the module and returns the one that takes
-            its place in every parent; it must not change the module, and should hand on the module's
-            own parameters and buffers, so that an optimizer built before still works and `revert_model` can
+        factory: either a subclass of ``source``, which the module's class then becomes: the object stays,
+            with everything that it holds. Or any other callable: it gets the module and returns the one
+            that takes its place in every parent; it must not change the module, and should hand on the module's
+            own parameters and buffers, so that an optimizer built before still works and ``revert_model`` can
             bring them back. Returning the module itself says: leave it as it is, without a warning.
 
     Returns:
-        A handle: its `remove()` takes the registration back, and so does leaving a `with` block on it.
+        A handle: its ``remove()`` takes the registration back, and so does leaving a ``with`` block on it.
 
     Raises:
-        TypeError: `source` is not a module class, or `factory` cannot be called.
+        TypeError: ``source`` is not a module class, or ``factory`` cannot be called.
 
     Example:
-        A layer with a fused activation calls `super().forward`, so deriving from it and from the synchronized
-        layer is all it takes:
+        A layer with a fused activation calls ``super().forward``, so deriving from it and from the
+        synchronized layer is all it takes:
 
         >>> import torch
         >>> from syncbn_core import SynchronizedBatchNorm2d

@@ -1,4 +1,4 @@
-"""What there is in a model, and what `convert_model` makes of it; nothing is changed here."""
+"""What there is in a model, and what ``convert_model`` makes of it; nothing is changed here."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _by_itself(name: str, module: nn.Module) -> Finding | None:
 
 
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> str:
-    """What on this object, rather than in its class, forbids making it a `target`."""
+    """What on this object, rather than in its class, forbids making it a ``target``."""
     own = vars(module)
     if "forward" in own:
         return "has a forward of its own, set on the object, which would go on to run the unsynchronized one"
