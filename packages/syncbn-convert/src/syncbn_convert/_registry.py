@@ -82,8 +82,8 @@ def register_conversion(
         source: the class to convert. Its subclasses are other classes, with conversions of their own.
         factory: either a subclass of ``source``, which the module's class then becomes: the object stays,
             with everything that it holds. Or any other callable: it gets the module and returns the one
-            that takes its place in every parent; it must not change the module, and should hand on the module's
-            own parameters and buffers, so that an optimizer built before still works and ``revert_model`` can
+            that takes its place in every parent; it must not change the module, and should hand on its own
+            parameters and buffers, so that an optimizer built before still works and ``revert_model`` can
             bring them back. Returning the module itself says: leave it as it is, without a warning.
 
     Returns:
