@@ -32,7 +32,7 @@ class CallerState:
 
     @contextmanager
     def applied(self, device: torch.device) -> Iterator[None]:
-        """Work under these settings for a replica on ``device``; the thread has its own back afterwards."""
+        """Work under these settings for a replica on ``device``, in a thread that does nothing else."""
         with ExitStack() as stack:
             if device in self._streams:
                 stack.enter_context(torch.cuda.device(device))
@@ -53,8 +53,10 @@ class _Autocast:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        own = _Autocast(list(self._kinds))
-        self._set()
+        for kind, (enabled, dtype) in self._kinds.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self.cached)
         # Leaving a thread's outermost autocast block empties the cache of the process. The caller's block
         # is the outermost one: a replica that leaves one of its own must not empty the cache that the
         # caller fills.
@@ -66,10 +68,3 @@ class _Autocast:
         finally:
             if inside:
                 torch.autocast_decrement_nesting()
-            own._set()
-
-    def _set(self) -> None:
-        for kind, (enabled, dtype) in self._kinds.items():
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.cached)
