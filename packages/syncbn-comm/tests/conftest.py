@@ -23,7 +23,7 @@ class Threads:
     def __init__(self) -> None:
         self.started: list[threading.Thread] = []
 
-    def start(self, *works: Callable[[], Any]) -> Callable[[], list[Any]]:
+    def start(self, *works: Callable[[], Any]) -> Callable[..., list[Any]]:
         """Start the works; the returned function joins them and gives their outcomes in order."""
         outcomes: list[Any] = [None] * len(works)
 
@@ -38,8 +38,8 @@ class Threads:
         for thread in threads:
             thread.start()
 
-        def join() -> list[Any]:
-            self.join(threads)
+        def join(within: float = HANG_SECONDS) -> list[Any]:
+            self.join(threads, within)
             return outcomes
 
         return join
@@ -58,9 +58,10 @@ class Threads:
         return self.run(*(lambda rank=rank: member(rank) for rank in range(len(works))))
 
     @staticmethod
-    def join(threads: Sequence[threading.Thread]) -> None:
+    def join(threads: Sequence[threading.Thread], within: float = HANG_SECONDS) -> None:
+        deadline = time.monotonic() + within
         for thread in threads:
-            thread.join(HANG_SECONDS)
+            thread.join(max(0.0, deadline - time.monotonic()))
         hung = [thread.name for thread in threads if thread.is_alive()]
         assert not hung, f"threads hang: {hung}"
 

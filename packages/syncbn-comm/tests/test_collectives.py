@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import operator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from syncbn_comm import BrokenSyncError, ReplicaGroup, SyncError
 
@@ -84,20 +81,6 @@ def test_a_member_is_always_the_same_object():
     replica = group.member(1)
     assert group.member(1) is replica
     assert (replica.rank, replica.group, group.world_size) == (1, group, 2)
-
-
-@settings(max_examples=50, deadline=None)
-@given(columns=st.lists(st.lists(st.integers(), min_size=3, max_size=3), min_size=1, max_size=6))
-def test_many_collectives_in_a_row_agree_with_plain_python(columns):
-    group = ReplicaGroup(3)
-
-    def work(rank):
-        with group.member(rank) as replica:
-            own = [column[rank] for column in columns]
-            return [(replica.all_reduce(x), replica.all_gather(x)) for x in own]
-
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(work, range(3))) == [[(sum(column), column) for column in columns]] * 3
 
 
 def test_a_misuse_is_also_a_sync_error():

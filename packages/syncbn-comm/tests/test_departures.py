@@ -38,6 +38,13 @@ def test_a_replica_that_skips_the_second_call_is_named_with_place_and_call(threa
     assert group.failed_rank == 2
 
 
+def test_calls_of_one_place_are_counted(threads):
+    group = ReplicaGroup(2, timeout=None)
+    outcomes = threads.run_members(group, visits("a", "b", "a", "a"), visits("a", "b", "a"))
+    text = "replica 1 finished without reaching 'a' (call 3); replica 0 is waiting"
+    assert_all_told(outcomes[:1], group, ReplicaLeftError, text)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 @pytest.mark.parametrize("culprit", ["master", "first", "last"])
 @pytest.mark.parametrize("skipped", [0, 1, 2])

@@ -88,13 +88,20 @@ def test_a_callback_that_raises_gives_the_master_the_original_and_the_rest_its_n
 
 def test_a_broken_master_says_so_on_every_call_until_it_is_reset():
     master = SyncMaster(fail)
-    with pytest.raises(Boom):
-        master.run_master(0)
-    assert master.broken
-    for call in (lambda: master.run_master(0), lambda: master.register_slave(1)):
-        with pytest.raises(BrokenSyncError, match="in the callback") as caught:
+    pipe = master.register_slave(1)
+    boom = Boom("enough")
+    master.abort(boom)
+    calls = (
+        lambda: master.run_master(0),
+        lambda: pipe.run_slave(1),
+        lambda: master.register_slave(1),  # that 1 is taken is not what matters now
+        lambda: master.register_slave(2),
+    )
+    for call in calls:
+        assert master.broken
+        with pytest.raises(BrokenSyncError, match=r"^aborted: Boom: enough$") as caught:
             call()
-        assert type(caught.value.__cause__) is Boom
+        assert caught.value.__cause__ is boom
     master.reset()
     assert not master.broken
     assert master.register_slave(1).identifier == 1

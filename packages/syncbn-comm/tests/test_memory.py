@@ -63,6 +63,26 @@ def test_no_message_outlives_a_broken_round(threads, waiting):
     assert watched[0]() is None
 
 
+def test_no_message_outlives_a_combination_that_was_in_vain(threads):
+    group = ReplicaGroup(2, timeout=None)
+    watched = []
+
+    def abort_meanwhile(messages):
+        group.abort(RuntimeError("enough"))
+        return messages
+
+    def work(replica):
+        message = Thing()
+        watched.append(weakref.ref(message))
+        try:
+            replica.exchange(message, abort_meanwhile)
+        except BrokenSyncError:
+            return "told"
+
+    assert threads.run_members(group, work, work) == ["told", "told"]
+    assert [ref() for ref in watched] == [None, None]
+
+
 def test_a_group_dies_with_its_last_reference(threads):
     group = ReplicaGroup(2)
     threads.run_members(group, *[lambda r: r.all_reduce(1)] * 2)

@@ -152,6 +152,17 @@ def test_reset_makes_an_empty_set_and_forgotten_pipes_say_so():
         pipe.run_slave(1)
 
 
+def test_a_pipe_that_is_forgotten_after_a_failure_still_shows_the_failure():
+    master = SyncMaster(everything)
+    pipe = master.register_slave(1)
+    boom = ValueError("boom")
+    master.abort(boom)
+    master.reset()
+    with pytest.raises(BrokenSyncError, match="the master has been reset") as caught:
+        pipe.run_slave(1)
+    assert caught.value.__cause__.__cause__ is boom
+
+
 def test_reset_stops_slaves_that_wait(threads, waiting):
     master = SyncMaster(everything, timeout=None)
     pipes = [master.register_slave(rank) for rank in (1, 2)]

@@ -8,12 +8,17 @@ hangs: that is found at once, not by waiting.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TypeAlias
 
 import pytest
 
-from syncbn_comm import _party
+from syncbn_comm import _party, _rendezvous
+
+TraceFunction: TypeAlias = Callable[[FrameType, str, Any], Any]
 
 # Stops only a broken scheduler: a schedule that hangs is found without the clock.
 STUCK_SECONDS = 60.0
@@ -54,10 +59,13 @@ class _Worker:
             self.baton.acquire()
             if self.job is None:
                 return
+            if scheduler.every_line:
+                sys.settrace(scheduler.trace)
             try:
                 self.job()
             except BaseException as error:  # for the test's own thread, which waits for all jobs to end
                 scheduler.crash = scheduler.crash or error
+            sys.settrace(None)
             scheduler.end(self)
 
 
@@ -105,6 +113,7 @@ class Scheduler:
         self.hung = False
         self.crash: BaseException | None = None
         self.timeouts = 0.0
+        self.every_line = False
         self._active: list[_Worker] = []
         self._ended = threading.Lock()
         self._ended.acquire()
@@ -114,13 +123,20 @@ class Scheduler:
         """Stand in for ``threading.Lock``."""
         return ControlledLock(self)
 
-    def run(self, seed: int, jobs: list[Callable[[], None]], timeouts: float = 0.0) -> None:
+    def run(
+        self,
+        seed: int,
+        jobs: list[Callable[[], None]],
+        timeouts: float = 0.0,
+        every_line: bool = False,
+    ) -> None:
         """Run the jobs to their ends.
 
         Args:
             seed: decides the order.
             jobs: one per thread.
             timeouts: how likely, at every step, a wait with a time limit ends by it.
+            every_line: choose who goes on at every line of the rendezvous too, not only at its locks.
 
         Raises:
             Hang: nobody could go on.
@@ -128,6 +144,7 @@ class Scheduler:
         """
         self._random = random.Random(seed).random
         self.hung, self.timeouts, self.expired, self.crash = False, timeouts, None, None
+        self.every_line = every_line
         self._active = self._workers[: len(jobs)]
         for worker, job in zip(self._active, jobs, strict=True):
             worker.job, worker.waits_for = job, None
@@ -150,6 +167,14 @@ class Scheduler:
             worker.baton.acquire()
         if self.hung and worker.waits_for:
             raise Hang
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> TraceFunction | None:
+        """Trace the lines of the rendezvous, and let somebody go on at each."""
+        if frame.f_code.co_filename != _rendezvous.__file__:
+            return None
+        if event == "line":
+            self.choose()
+        return self.trace
 
     def end(self, worker: _Worker) -> None:
         """Take a thread whose job is done out of the schedule."""

@@ -11,6 +11,7 @@ import pytest
 from syncbn_comm import BrokenSyncError, ReplicaGroup, ReplicaLeftError, SyncMaster, SyncTimeoutError
 
 SCHEDULES = 24_000
+LINE_SCHEDULES = 6_000
 CHUNKS = 12
 EVENTS = ("raise", "leave", "abort", "combine", "elsewhere")
 
@@ -125,18 +126,28 @@ def check(run: Run) -> None:
             assert error not in [run.errors.get(other) for other in range(rank)], "an error was shared"
 
 
+def run_and_check(scheduler, seed, every_line):
+    plan = Plan(seed)
+    run = Run(plan, ReplicaGroup(plan.replicas))
+    jobs = [lambda rank=rank: run.replica(rank) for rank in range(plan.replicas)]
+    try:
+        scheduler.run(seed, jobs, plan.timeouts, every_line)
+        check(run)
+    except BaseException as wrong:
+        wrong.add_note(f"{plan}: {run.errors}, failure {run.group.failure!r}")
+        raise
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_no_schedule_of_a_group_hangs_or_mixes_rounds_or_loses_the_first_cause(scheduler, chunk):
     for seed in range(chunk, SCHEDULES, CHUNKS):
-        plan = Plan(seed)
-        run = Run(plan, ReplicaGroup(plan.replicas))
-        jobs = [lambda rank=rank, run=run: run.replica(rank) for rank in range(plan.replicas)]
-        scheduler.run(seed, jobs, plan.timeouts)
-        try:
-            check(run)
-        except AssertionError as wrong:
-            wrong.add_note(f"{plan}: {run.errors}, failure {run.group.failure!r}")
-            raise
+        run_and_check(scheduler, seed, every_line=False)
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_the_same_holds_when_threads_change_at_every_line(scheduler, chunk):
+    for seed in range(chunk, LINE_SCHEDULES, CHUNKS):
+        run_and_check(scheduler, seed, every_line=True)
 
 
 def test_one_seed_is_one_schedule(scheduler):
