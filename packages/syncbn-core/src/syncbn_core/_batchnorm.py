@@ -32,11 +32,13 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
         affine: whether there are a weight and a bias, ``(C,)`` each.
         track_running_stats: whether there are running statistics; without them, evaluation normalises by its
             own batch.
-        process_group: kept for synchronization across processes; ``THIS_PROCESS`` for none.
+        process_group: where ``torch.distributed`` is initialised, the processes to synchronize over, with all
+            their replicas: None for the default group, ``THIS_PROCESS`` for the replicas of this one alone.
         eps_mode: ``"plus"`` for ``sqrt(var + eps)``, ``"clamp"`` for ``sqrt(max(var, eps))``, None for what
             `set_sbn_eps_mode` says.
         fused: whether to use torch's fused kernels, with first derivatives only; False for plain operations:
             slower, but with derivatives of any order.
+        bias: False for a weight alone.
         device: of the parameters and buffers.
         dtype: of the parameters and buffers.
 

@@ -43,12 +43,15 @@ class _SynchronizedBatchNorm(_BatchNorm):
         *,
         eps_mode: EpsMode | None = None,
         fused: bool = True,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if num_features < 1:
             raise ValueError(f"expected num_features of at least 1, got {num_features}")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # an argument that torch's own layers have in its later versions
+            self.register_parameter("bias", None)
         self.process_group = process_group
         self.eps_mode = None if eps_mode is None else check_eps_mode(eps_mode)
         self.fused = fused
@@ -186,7 +189,11 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def reset_parameters(self) -> None:
         """Reset the running statistics, and weight and bias to 1 and 0."""
-        super().reset_parameters()
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def reset_running_stats(self) -> None:
         """Reset the running mean to 0, the running variance to 1, and the counter of batches to 0."""
