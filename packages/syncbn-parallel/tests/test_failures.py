@@ -102,7 +102,7 @@ def test_a_fault_anywhere_ends_the_forward_and_the_next_one_works(
     assert worker_count() == workers
 
 
-def test_five_hundred_failures_leave_no_thread_and_no_object(faulty, worker_count):
+def test_five_hundred_failures_leave_no_further_thread(faulty, worker_count):
     fault = {"rank": 1, "error": Boom()}
     net = faulty(1, fault)
     model = DataParallelWithCallback(net, ["cpu"] * 3, timeout=SECONDS)

@@ -1,4 +1,4 @@
-"""The examples in the README; those in docstrings are collected with the modules."""
+"""The examples in the README."""
 
 import doctest
 from pathlib import Path
