@@ -19,6 +19,21 @@ def test_an_identifier_that_is_taken_is_refused(threads, identifier):
     assert threads.run(lambda: master.run_master("m"), lambda: pipe.run_slave("s")) == ["m", "s"]
 
 
+def test_nobody_can_register_while_the_callback_runs():
+    refused = []
+
+    def callback(messages):
+        with pytest.raises(ValueError, match="expected 1 before the round, got it during the callback"):
+            master.register_slave(1)
+        refused.append(1)
+        return messages
+
+    master = SyncMaster(callback)
+    assert master.run_master("m") == "m"
+    assert refused == [1]
+    assert master.nr_slaves == 0
+
+
 @pytest.mark.parametrize("world_size", [0, -1, 2.0, "2", None])
 def test_a_group_has_at_least_one_replica(world_size):
     with pytest.raises(ValueError, match="expected world_size to be a whole number of at least 1, got"):

@@ -71,6 +71,31 @@ def test_an_exception_without_words_is_named_by_its_class(threads):
         group.member(0).barrier()
 
 
+def test_an_exception_whose_words_fail_still_stops_everybody(threads):
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    boom = Mute()
+
+    def work(replica):
+        if replica.rank == 1:
+            raise boom
+        barrier(replica)
+
+    outcomes = threads.run_members(ReplicaGroup(2, timeout=None), work, work)
+    text = "replica 1 failed before its first rendezvous: Mute: (its message cannot be shown)"
+    assert_stopped_by(outcomes[0], boom, text)
+
+
+def test_a_failure_after_the_last_rendezvous_is_placed_there(threads):
+    group = ReplicaGroup(2)
+    threads.run_members(group, barrier, barrier)
+    group.abort(Boom("late"), rank=1)
+    with pytest.raises(BrokenSyncError, match=r"^replica 1 failed after 'layer3.1.bn2' \(call 1\): Boom: late$"):
+        group.member(0).barrier()
+
+
 def test_a_callback_that_raises_gives_the_master_the_original_and_the_rest_its_news(threads):
     master = SyncMaster(fail, timeout=None, name="layer1.bn1")
     pipes = [master.register_slave(rank) for rank in (1, 2)]

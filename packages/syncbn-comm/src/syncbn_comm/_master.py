@@ -119,7 +119,7 @@ class SyncMaster:
             The pipe for that slave's thread.
 
         Raises:
-            SyncError: the identifier is 0 or taken (also a ValueError).
+            SyncError: the identifier is 0 or taken, or the callback runs (also a ValueError).
             BrokenSyncError: the master is broken; `reset` it first.
         """
         with self._lock:

@@ -37,7 +37,7 @@ class Rendezvous:
         self.timeout = timeout
         self._lead = Party(0)
         self.parties: dict[Hashable, Party] = {0: self._lead}
-        self.calls: dict[str, int] = {}  # finished rounds, per place
+        self.calls: dict[str | None, int] = {}  # finished rounds, per place
         self.failure: BaseException | None = None
         self.failed: Any = None  # the identifier of the party that failed, where there is one
         self._prefix = f"{name}: " if name else ""
@@ -50,10 +50,17 @@ class Rendezvous:
         self._split = False  # somebody else of this round waits elsewhere
 
     def join(self, identifier: Hashable) -> Party:
-        """Add a party."""
+        """Add a party.
+
+        Raises:
+            BrokenSyncError: the rendezvous is broken.
+            MisuseError: a round is complete and its callback runs.
+        """
         with self._mutex:
             if self.failure is not None:
                 self._raise_broken()
+            if self._lead.state is _COMBINING:
+                raise MisuseError(f"expected {identifier!r} before the round, got it during the callback")
             party = self.parties[identifier] = Party(identifier)
             self._running += 1
             return party

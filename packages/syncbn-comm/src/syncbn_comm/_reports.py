@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from syncbn_comm._party import Party, State
 
-Calls = Mapping[str, int]
+Calls = Mapping[str | None, int]
 
 
 def left(gone: Iterable[Party], parties: Iterable[Party], calls: Calls) -> str:
@@ -44,11 +44,9 @@ def timed_out(party: Party, timeout: float | None, parties: Iterable[Party], cal
 
 def failed(failure: BaseException, party: Party | None, calls: Calls) -> str:
     """Say who failed, where, and why in short."""
-    first_line = str(failure).strip().partition("\n")[0]
-    cause = f"{type(failure).__name__}: {first_line:.200}" if first_line else type(failure).__name__
-    if party is None:
-        return f"aborted: {cause}"
-    return f"{_names([party])} failed {_moment(party, calls)}: {cause}"
+    who = "aborted" if party is None else f"{_names([party])} failed {_moment(party, calls)}"
+    kind, words = type(failure).__name__, _first_line(failure)
+    return f"{who}: {kind}: {words:.200}" if words else f"{who}: {kind}"
 
 
 def misused(party: Party, where: str) -> str:
@@ -59,13 +57,21 @@ def misused(party: Party, where: str) -> str:
     return f"expected one call of {name} at a time, got one at {place} while it is at {_quoted(party.where)}"
 
 
+def _first_line(failure: BaseException) -> str:
+    try:
+        return str(failure).strip().partition("\n")[0]
+    except Exception:  # the words are the user's code: were they to fail here, the others would wait on
+        return "(its message cannot be shown)"
+
+
 def _moment(party: Party, calls: Calls) -> str:
     if party.where is None:
         return "before its first rendezvous"
-    if party.state is State.RUNNING:
-        return f"after {_last_call(party.where, calls)}"
-    verb = "waiting" if party.state is State.WAITING else "combining"
-    return f"while {verb} at {_next_call(party.where, calls)}"
+    if party.state is State.WAITING:
+        return f"while waiting at {_next_call(party.where, calls)}"
+    if party.state is State.COMBINING:
+        return f"while combining at {_next_call(party.where, calls)}"
+    return f"after {_last_call(party.where, calls)}"
 
 
 def _whereabouts(party: Party, calls: Calls) -> str:
@@ -97,11 +103,11 @@ def _names(parties: Iterable[Party]) -> str:
 
 
 def _last_call(where: str | None, calls: Calls) -> str:
-    return f"{_quoted(where)} (call {calls.get(where or '', 0)})"
+    return f"{_quoted(where)} (call {calls.get(where, 0)})"
 
 
 def _next_call(where: str | None, calls: Calls) -> str:
-    return f"{_quoted(where)} (call {calls.get(where or '', 0) + 1})"
+    return f"{_quoted(where)} (call {calls.get(where, 0) + 1})"
 
 
 def _quoted(where: str | None) -> str:
