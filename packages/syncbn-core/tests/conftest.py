@@ -49,18 +49,15 @@ def copy_module(model: nn.Module, rank: int) -> nn.Module:
 
 
 class Replicas:
-    """The replicas of one forward of a model.
+    """The replicas of one forward of a model, whose layers are called "net.0", "net.1" and so on."""
 
-    They are replicated with a context that knows their group, unless ``prefix`` is None.
-    """
-
-    def __init__(self, model: nn.Module, world_size: int, prefix: str | None = "net.") -> None:
+    def __init__(self, model: nn.Module, world_size: int) -> None:
         self.group = ReplicaGroup(world_size, timeout=JOIN_SECONDS / 2)
         self.modules = [copy_module(model, rank) for rank in range(world_size)]
         for rank, replica in enumerate(self.modules):
             for name, module in replica.named_modules():
-                if prefix is not None and hasattr(module, "__data_parallel_replicate__"):
-                    context = SimpleNamespace(name=f"{prefix}{name}".rstrip("."), group=self.group)
+                if hasattr(module, "__data_parallel_replicate__"):
+                    context = SimpleNamespace(name=f"net.{name}".rstrip("."), group=self.group)
                     module.__data_parallel_replicate__(context, rank)
 
     def outcomes(self, forward: Forward) -> list[Any]:
@@ -95,6 +92,8 @@ def stock_twin(layer: nn.Module, dims: int) -> nn.Module:
     """Build torch's own layer for inputs of ``dims`` axes, with the same arguments and state."""
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims]
     twin = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+    if layer.bias is None:
+        twin.bias = None
     for tensor in layer.state_dict().values():
         twin.to(tensor.device, tensor.dtype if tensor.is_floating_point() else None)
     twin.load_state_dict(layer.state_dict())
@@ -121,7 +120,7 @@ def train_step(
     weighted_sum(y).backward()
     return {
         "y": y.detach(),
-        "dx": torch.cat([x.grad for x in inputs if x.grad is not None]),
+        "dx": torch.cat([x.grad for x in inputs]),
         **{f"d{name}": parameter.grad for name, parameter in layer.named_parameters()},
         **{name: buffer.clone() for name, buffer in layer.named_buffers()},
     }

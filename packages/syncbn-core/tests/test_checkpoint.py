@@ -16,38 +16,46 @@ def recomputed(part, x):
     return checkpoint(part, x, use_reentrant=False)
 
 
-def everything(model, x):
-    return recomputed(model, x)
+def reentrant(part, x):
+    return checkpoint(part, x, use_reentrant=True)
 
 
-def the_first_part(model, x):
-    return model[2:](recomputed(model[:2], x))
+def remembered(part, x):
+    return part(x)
 
 
-def the_last_part(model, x):
-    return recomputed(model[2:], model[:2](x))
+def everything(call, model, x):
+    return call(model, x)
 
 
-def every_module_by_itself(model, x):
+def the_first_part(call, model, x):
+    return model[2:](call(model[:2], x))
+
+
+def the_last_part(call, model, x):
+    return call(model[2:], model[:2](x))
+
+
+def every_module_by_itself(call, model, x):
     for module in model:
-        x = recomputed(module, x)
+        x = call(module, x)
     return x
 
 
-def one_layer_twice_in_two_checkpoints(model, x):
-    return model[2:](recomputed(model[1], recomputed(model[:2], x)))
+def one_layer_twice_in_two_checkpoints(call, model, x):
+    return model[2:](call(model[1], call(model[:2], x)))
 
 
-def one_layer_twice_in_one_checkpoint(model, x):
-    return recomputed(nn.Sequential(*model, model[1], model[0], model[1]), x)
+def one_layer_twice_in_one_checkpoint(call, model, x):
+    return call(nn.Sequential(*model, model[1], model[0], model[1]), x)
 
 
-def one_layer_in_a_checkpoint_and_without(model, x):
-    return model(recomputed(model[1], x.tanh()))
+def one_layer_in_a_checkpoint_and_without(call, model, x):
+    return model(call(model[1], x.tanh()))
 
 
-def a_checkpoint_in_a_checkpoint(model, x):
-    return recomputed(lambda x: recomputed(model[2:], recomputed(model[:2], x)), x)
+def a_checkpoint_in_a_checkpoint(call, model, x):
+    return call(lambda x: call(model[2:], call(model[:2], x)), x)
 
 
 WAYS = [
@@ -67,11 +75,6 @@ def make_model(**options):
     return nn.Sequential(nn.Linear(3, 3), layers[0], nn.Tanh(), nn.Linear(3, 3), layers[1]).double()
 
 
-def without_checkpoints(monkeypatch):
-    """Make ``recomputed`` a plain call."""
-    monkeypatch.setitem(globals(), "recomputed", lambda part, x: part(x))
-
-
 @pytest.fixture
 def inputs():
     return [torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (4, 2, 3)]
@@ -79,13 +82,13 @@ def inputs():
 
 @pytest.fixture
 def gradients_of(replicas_of, weighted_sum):
-    """The gradients of one forward by ``way(replica, x)``: the mean of those of some backwards."""
+    """The gradients of one forward by ``way(call, replica, x)``: the mean of those of some backwards."""
 
-    def gradients(model, inputs, way, backwards=1):
+    def gradients(model, inputs, way, call, backwards=1):
         leaves = [*inputs, *model.parameters()]
         for leaf in leaves:
             leaf.grad = None
-        outputs = replicas_of(model, len(inputs)).run(lambda replica, rank: way(replica, inputs[rank]))
+        outputs = replicas_of(model, len(inputs)).run(lambda replica, rank: way(call, replica, inputs[rank]))
         # All replicas have left their group: whoever wanted to meet another one now, would get an error.
         loss = weighted_sum(torch.cat(outputs))
         for left in reversed(range(backwards)):
@@ -99,75 +102,62 @@ def gradients_of(replicas_of, weighted_sum):
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps_mode": "clamp", "eps": 0.3}], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_and_running_statistics_are_those_without_checkpoints(
-    way, options, backwards, inputs, gradients_of, monkeypatch
+    way, options, backwards, inputs, gradients_of
 ):
     model = make_model(**options)
     plain = copy.deepcopy(model)
-    actual = gradients_of(model, inputs, way, backwards)
-    with monkeypatch.context() as patch:
-        without_checkpoints(patch)
-        expected = gradients_of(plain, inputs, way)
-    torch.testing.assert_close(actual, expected, **TIGHT)
+    actual = gradients_of(model, inputs, way, recomputed, backwards)
+    torch.testing.assert_close(actual, gradients_of(plain, inputs, way, remembered), **TIGHT)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), **TIGHT)
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("needing", [[], [0], [1, 2]], ids=str)
-def test_inputs_that_need_no_gradient_change_nothing(needing, affine, inputs, gradients_of, monkeypatch):
+def test_inputs_that_need_no_gradient_change_nothing(needing, affine, inputs, gradients_of):
     # The layer comes first, so that nothing before it needs a gradient either.
     model = nn.Sequential(SynchronizedBatchNorm1d(3, affine=affine), nn.Linear(3, 3)).double()
     for rank, x in enumerate(inputs):
         x.requires_grad_(rank in needing)
-    actual = gradients_of(model, inputs, everything)
-    without_checkpoints(monkeypatch)
-    torch.testing.assert_close(actual, gradients_of(model, inputs, everything), **TIGHT)
+    actual = gradients_of(model, inputs, everything, recomputed)
+    torch.testing.assert_close(actual, gradients_of(model, inputs, everything, remembered), **TIGHT)
 
 
-def test_a_checkpoint_in_one_replica_alone_changes_nothing(inputs, gradients_of, monkeypatch):
+def test_a_checkpoint_in_one_replica_alone_changes_nothing(inputs, gradients_of):
     model = make_model()
 
-    def way(replica, x):
-        return everything(replica, x) if x is inputs[1] else replica(x)
+    def way(call, replica, x):
+        return call(replica, x) if x is inputs[1] else replica(x)
 
-    actual = gradients_of(model, inputs, way)
-    without_checkpoints(monkeypatch)
-    torch.testing.assert_close(actual, gradients_of(model, inputs, way), **TIGHT)
+    actual = gradients_of(model, inputs, way, recomputed)
+    torch.testing.assert_close(actual, gradients_of(model, inputs, way, remembered), **TIGHT)
 
 
-def test_a_forward_without_gradients_before_changes_nothing(inputs, gradients_of, monkeypatch):
+def test_a_forward_without_gradients_before_changes_nothing(inputs, gradients_of):
     model = make_model()
 
-    def way(replica, x):
+    def way(call, replica, x):
         with torch.no_grad():
             target = replica(2 * x + 1)
-        return everything(replica, x) - target
+        return call(replica, x) - target
 
-    actual = gradients_of(model, inputs, way)
-    without_checkpoints(monkeypatch)
-    torch.testing.assert_close(actual, gradients_of(model, inputs, way), **TIGHT)
+    actual = gradients_of(model, inputs, way, recomputed)
+    torch.testing.assert_close(actual, gradients_of(model, inputs, way, remembered), **TIGHT)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_reentrant_checkpoint_is_told_in_the_first_backward_to_be_none(inputs, gradients_of):
-    model = make_model()
     with pytest.raises(RuntimeError, match=r"net\.1.*use_reentrant=False"):
-        gradients_of(model[:2], inputs, lambda replica, x: checkpoint(replica, x, use_reentrant=True) * 1)
+        gradients_of(make_model(), inputs, everything, reentrant)
 
 
 def test_a_reentrant_checkpoint_is_told_even_if_the_layer_also_ran_without(inputs, gradients_of):
-    model = make_model()
-
-    def way(replica, x):
-        return checkpoint(replica[1], replica(x), use_reentrant=True)
-
     with pytest.raises(RuntimeError, match=r"net\.1.*use_reentrant=False"):
-        gradients_of(model, inputs, way)
+        gradients_of(make_model(), inputs, one_layer_in_a_checkpoint_and_without, reentrant)
 
 
 @pytest.mark.parametrize("way", [everything, the_last_part])
 def test_the_composite_path_in_a_checkpoint_names_the_way_out(way, inputs, gradients_of):
     with pytest.raises(RuntimeError, match=r"net\.[14].*fused=True, or leave it out of the checkpoint"):
-        gradients_of(make_model(fused=False), inputs, way)
+        gradients_of(make_model(fused=False), inputs, way, recomputed)
 
 
 def test_torch_tells_inside_of_a_backward_that_it_is_one():

@@ -49,12 +49,12 @@ def test_any_split_of_any_shape_equals_the_whole_batch(
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0])
 @pytest.mark.parametrize("track_running_stats", [True, False], ids=["tracking", "untracked"])
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("parameters", [{}, {"bias": False}, {"affine": False}], ids=str)
 @pytest.mark.parametrize("split", [[4], [2, 2], [3, 0, 1]], ids=str)
 def test_every_option_equals_the_whole_batch_step_after_step(
-    split, affine, track_running_stats, momentum, fused, randomize, assert_equals_whole_batch
+    split, parameters, track_running_stats, momentum, fused, randomize, assert_equals_whole_batch
 ):
-    options = {"affine": affine, "track_running_stats": track_running_stats, "momentum": momentum}
+    options = {"track_running_stats": track_running_stats, "momentum": momentum, **parameters}
     layer = randomize(SynchronizedBatchNorm2d(4, eps=0.3, fused=fused, dtype=torch.float64, **options))
     for _ in range(3):
         chunks = chunks_of(split, (3, 2), dtype=torch.float64)

@@ -55,7 +55,7 @@ def vectors(number):
 @SHAPED
 @DTYPES
 @INPUTS
-def test_local_statistics(shape, dtype, x_layout):
+def test_local_statistics_are_those_of_plain_operations(shape, dtype, x_layout):
     x = make(shape, dtype, x_layout)
     expected = _statistics.local_statistics(x.double())
     # The reference is of float64, so a half's own digits are all that may be missing.
@@ -67,7 +67,7 @@ def test_local_statistics(shape, dtype, x_layout):
 @DTYPES
 @INPUTS
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_normalize(shape, dtype, x_layout, affine):
+def test_normalize_is_plain_arithmetic(shape, dtype, x_layout, affine):
     x = make(shape, dtype, x_layout)
     mean, invstd, weight, bias = vectors(4)
     weight, bias = (weight.to(dtype), bias.to(dtype)) if affine else (None, None)
@@ -80,7 +80,7 @@ def test_normalize(shape, dtype, x_layout, affine):
 @DTYPES
 @INPUTS
 @GRADIENTS
-def test_gradient_sums(shape, dtype, x_layout, dy_layout):
+def test_gradient_sums_are_sums_of_float64(shape, dtype, x_layout, dy_layout):
     x, dy = make(shape, dtype, x_layout), make(shape, dtype, dy_layout)
     mean, invstd = vectors(2)
     wide_dy = dy.double()
@@ -98,7 +98,7 @@ def test_gradient_sums(shape, dtype, x_layout, dy_layout):
 @DTYPES
 @INPUTS
 @pytest.mark.parametrize("dy_layout", [*LAYOUTS, None])
-def test_input_gradient(shape, dtype, x_layout, dy_layout):
+def test_input_gradient_is_plain_arithmetic(shape, dtype, x_layout, dy_layout):
     x = make(shape, dtype, x_layout)
     dy = None if dy_layout is None else make(shape, dtype, dy_layout)
     mean, a, shift, slope = vectors(4)
