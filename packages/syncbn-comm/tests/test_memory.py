@@ -91,6 +91,34 @@ def test_a_group_dies_with_its_last_reference(threads):
     assert [ref() for ref in watched] == [None] * 3
 
 
+def test_a_forgotten_failure_takes_its_frames_along_and_leaves_the_group_broken(threads):
+    group = ReplicaGroup(2)
+    watched = []
+
+    def fail(replica):
+        thing = Thing()
+        watched.append(weakref.ref(thing))
+        raise KeyError("first")
+
+    def attempt():
+        with pytest.raises(KeyError), group.member(0) as replica:
+            fail(replica)
+
+    threads.run(attempt)
+    assert watched[0]() is not None
+    group.forget_failure()
+    assert watched[0]() is None
+    assert group.broken
+    with pytest.raises(BrokenSyncError, match="first"):
+        group.member(1).barrier()
+
+
+def test_there_may_be_no_failure_to_forget(threads):
+    group = ReplicaGroup(2)
+    group.forget_failure()
+    assert threads.run_members(group, *[lambda r: r.all_reduce(1)] * 2) == [2, 2]
+
+
 def test_a_forgotten_set_dies_with_its_pipes(threads):
     master = SyncMaster(list)
     pipes = [master.register_slave(1)]

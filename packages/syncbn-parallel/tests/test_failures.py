@@ -274,9 +274,9 @@ def test_an_interrupt_of_the_waiting_caller_ends_all_replicas(centre_class):
     assert ended == [0, 1]
 
 
-def test_a_failed_forward_keeps_nothing_alive(faulty):
-    fault = {"rank": 1, "error": Boom(), "kind": "raise"}
-    model = DataParallelWithCallback(faulty(1, fault), ["cpu"] * 2, timeout=SECONDS)
+@pytest.mark.parametrize("kind", ["raise", "skip"])
+def test_a_failed_forward_keeps_nothing_alive_without_the_garbage_collector(faulty, kind):
+    fault = {"rank": 1, "error": Boom(), "kind": kind}
     made = []
 
     class Recording(DataParallelWithCallback):
@@ -285,15 +285,25 @@ def test_a_failed_forward_keeps_nothing_alive(faulty):
             made.extend(map(weakref.ref, replicas))
             return replicas
 
-    model.__class__ = Recording
-    x = torch.randn(4, 4).double()
-    made.append(weakref.ref(x))
-    with pytest.raises(Boom):
-        model(x)
-    fault.clear()
-    del x
+    model = Recording(faulty(1, fault), ["cpu"] * 3, timeout=SECONDS)
+
+    def fail():
+        x = torch.randn(6, 4).double()
+        made.append(weakref.ref(x))
+        try:
+            model(x)
+        except Exception:
+            fault.clear()  # with the exception that is raised
+            return
+        raise AssertionError("nothing was raised")
+
     gc.collect()
-    assert [reference() for reference in made] == [None] * 3
+    gc.disable()
+    try:
+        fail()
+        assert [reference() for reference in made] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_a_forward_that_succeeds_keeps_nothing_alive_without_the_garbage_collector(centred_net):

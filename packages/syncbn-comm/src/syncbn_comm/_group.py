@@ -38,7 +38,7 @@ class ReplicaGroup:
       (`SyncTimeoutError`).
     - Every method may be called from any thread; one member is for one thread at a time.
     - No message, result or callback is kept after its round. The first failure is kept, with its traceback,
-      as long as the group.
+      as long as the group, or until `forget_failure`.
 
     Args:
         world_size: the number of replicas, at least 1.
@@ -122,6 +122,14 @@ class ReplicaGroup:
         if rank is not None:
             self._check_rank(rank, "rank")
         self._rendezvous.abort(exc, None if rank is None else self._rendezvous.parties[rank])
+
+    def forget_failure(self) -> None:
+        """Let go of the first failure, once it has been raised for somebody to see; the group stays broken.
+
+        An exception holds the frames that it went through, and with them the tensors of a failed forward. If
+        one of those frames holds the group, only the garbage collector would end that cycle.
+        """
+        self._rendezvous.forget_failure()
 
     def _check_rank(self, rank: int, name: str) -> None:
         if rank not in self._rendezvous.parties:

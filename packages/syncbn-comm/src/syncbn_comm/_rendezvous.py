@@ -126,6 +126,12 @@ class Rendezvous:
         with self._mutex:
             self._break(failure, party, _reports.failed(failure, party, self.calls))
 
+    def forget_failure(self) -> None:
+        """Stay broken, but keep no longer the first failure and the frames in its traceback."""
+        with self._mutex:
+            if self.failure is not None:
+                self.failure = BrokenSyncError(self._report)
+
     def retire(self, reason: str) -> None:
         """End the use of this rendezvous, broken or not: who waits, or will wait, is told the reason."""
         failure = BrokenSyncError(reason)

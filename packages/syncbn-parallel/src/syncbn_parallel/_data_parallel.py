@@ -143,10 +143,16 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         ]
         share = max(1, torch.get_num_threads() // len(self.device_ids))
         jobs = run_all(calls, share, on_interrupt=group.abort)
-        failure = first_failure([job.error for job in jobs], group)
-        if failure is not None:
+        failure = first_failure([job.take_error() for job in jobs], group)
+        if failure is None:
+            return [job.result for job in jobs]
+        # Its traceback holds the frames of the replicas. What in them leads back to it has to go, or the
+        # memory of a failed forward, out-of-memory errors included, would wait for the garbage collector.
+        group.forget_failure()
+        try:
             raise failure
-        return [job.result for job in jobs]
+        finally:
+            del failure
 
     def gather(self, outputs: Any, output_device: Any) -> Any:
         """Join the outputs of the replicas on ``output_device``; -1 is the CPU."""

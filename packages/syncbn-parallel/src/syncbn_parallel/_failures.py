@@ -84,7 +84,9 @@ def _layer_of(error: BaseException, replica: nn.Module) -> str:
     """Return ``", in layer 'layer1.0.bn1' (BatchNorm2d)"`` for the innermost layer that was at work."""
     names = {id(module): name for name, module in named_submodules(replica)}
     found = ""
-    trace = error.__traceback__
+    # Not in the frame that handles the error: before Python 3.13, a look at its locals would keep them, and
+    # the error holds that frame.
+    trace = error.__traceback__ and error.__traceback__.tb_next
     while trace is not None:
         module = trace.tb_frame.f_locals.get("self")
         name = names.get(id(module))

@@ -38,6 +38,11 @@ class Job:
         except BaseException as error:
             self.error = error
 
+    def take_error(self) -> BaseException | None:
+        """Return what the call has raised, and let go of it."""
+        error, self.error = self.error, None
+        return error
+
     def wait(self) -> None:
         """Wait until the worker has let go of this job."""
         # In slices: a signal that arrives on the way into a wait does not end it.
