@@ -1,0 +1,242 @@
+"""Lasting worker processes of one gloo group, and what the functions that run in them find there.
+
+A test calls a function of its own file in every process at once. The processes of one size stay for the whole
+session, since each takes seconds to import torch; where a call fails, they are ended and the next test gets new
+ones. Every wait has a limit.
+
+The file is both sides: the tests load it for `Processes`, and each worker runs it as a program.
+"""
+
+import faulthandler
+import importlib.util
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+CALL_SECONDS = 100.0
+GROUP_SECONDS = 60.0
+
+
+class Processes:
+    """Worker processes, from outside.
+
+    Args:
+        world_size: how many.
+        group_seconds: the time-out of their collectives.
+        environment: variables that they see besides this process's own.
+    """
+
+    def __init__(
+        self, world_size: int, group_seconds: float = GROUP_SECONDS, environment: dict[str, str] | None = None
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Connection] = []
+        loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        for rank in range(world_size):
+            ours, theirs = Pipe()
+            place = [str(theirs.fileno()), str(rank), str(world_size), str(group_seconds), self._folder.name]
+            worker = subprocess.Popen(
+                [sys.executable, __file__, *place],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **loopback, "OMP_NUM_THREADS": "1", **(environment or {})},
+            )
+            theirs.close()
+            self._workers.append(worker)
+            self._pipes.append(ours)
+
+    def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call ``function(world, *arguments)`` in all of them; return results or tracebacks, in rank order.
+
+        A function of this process stands for the one of the same name in the same file there. What has no
+        outcome in time, or no more, is None.
+        """
+        call = pickle.dumps((function.__code__.co_filename, function.__qualname__, arguments))
+        for pipe in self._pipes:
+            pipe.send_bytes(call)
+        return [self._outcome(pipe) for pipe in self._pipes]
+
+    def _outcome(self, pipe: Connection) -> Any:
+        try:
+            return pickle.loads(pipe.recv_bytes()) if pipe.poll(CALL_SECONDS) else None
+        except (EOFError, ConnectionError):
+            return None
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call ``function(world, *arguments)`` in all of them; return what they return, in rank order."""
+        outcomes = self.outcomes(function, *arguments)
+        failures = [
+            f"process {rank}: {'no answer' if outcome is None else outcome['error']}"
+            for rank, outcome in enumerate(outcomes)
+            if outcome is None or "error" in outcome
+        ]
+        if failures:
+            self.end()
+            raise AssertionError("\n".join(failures))
+        return [outcome["result"] for outcome in outcomes]
+
+    @property
+    def ended(self) -> bool:
+        """Whether they have been ended."""
+        return not self._pipes
+
+    def end(self) -> None:
+        """End them, whatever they do."""
+        for worker in self._workers:
+            worker.kill()
+            worker.wait(CALL_SECONDS)
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes = []
+        self._folder.cleanup()
+
+
+class World:
+    """What a function that runs in a worker is given."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def share(self, whole: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Return this process's rows of the whole batch: equally many each, if the sizes are not given."""
+        return whole.split(sizes if sizes is not None else len(whole) // self.size)[self.rank]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Add up what the processes have."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def total_gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the gradients that one process alone would have, by the names of the parameters."""
+        return {
+            name: self.total(torch.zeros_like(p) if p.grad is None else p.grad)
+            for name, p in model.named_parameters()
+        }
+
+    def assert_equals_whole_batch(
+        self,
+        model: nn.Module,
+        twin: nn.Module,
+        whole: Tensor,
+        sizes: Sequence[int] | None = None,
+        **tolerance: float,
+    ) -> None:
+        """Train a step on this share, and a twin on the whole batch; compare all that comes of it.
+
+        Every output has a weight of its own in the loss: the gradient of a batch norm's plain sum is zero.
+        """
+        model.zero_grad()
+        twin.zero_grad()
+        x = self.share(whole, sizes).clone(memory_format=torch.preserve_format).requires_grad_()
+        whole = whole.clone(memory_format=torch.preserve_format).requires_grad_()
+        y, expected = model(x), twin(whole)
+        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected)
+        (y * self.share(weights, sizes)).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(y, self.share(expected, sizes), **tolerance)
+        torch.testing.assert_close(x.grad, self.share(whole.grad, sizes), **tolerance)
+        gradients = {name: p.grad for name, p in twin.named_parameters()}
+        torch.testing.assert_close(self.total_gradients(model), gradients, **tolerance)
+        torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), **tolerance)
+
+    def shuffle_sequence(self, root: Tensor, seed: int) -> int:
+        """Give the Merge nodes of a graph random sequence numbers, others in each process; return how many."""
+        draw = random.Random(f"{self.rank} {seed}")
+        merges = [node for node in nodes_behind(root) if "Merge" in node.name()]
+        for node in merges:
+            node._set_sequence_nr(draw.randrange(10**6))  # type: ignore[attr-defined]
+        return len(merges)
+
+    @contextmanager
+    def counted(self) -> Iterator[Counter[str]]:
+        """Count this process's calls of the collectives of torch.distributed, by name."""
+        calls: Counter[str] = Counter()
+
+        def counting(name: str) -> Callable[..., Any]:
+            original = getattr(dist, name)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls[name] += 1
+                return original(*args, **kwargs)
+
+            return call
+
+        prefixes = ("all_", "broadcast", "reduce_scatter", "gather", "scatter", "barrier", "send", "recv")
+        names = [name for name in vars(dist) if name.startswith(prefixes)] + ["reduce", "isend", "irecv"]
+        with mock.patch.multiple(dist, **{name: counting(name) for name in names}):
+            yield calls
+
+
+def nodes_behind(root: Tensor) -> list[Node]:
+    """Every autograd node that a tensor depends on."""
+    seen: set[Node] = set()
+    ahead = [root.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [behind for behind, _ in node.next_functions]
+    return list(seen)
+
+
+def serve(pipe: Connection, world: World) -> None:
+    """Run functions as they are asked for, until nobody asks any more."""
+    modules: dict[str, Any] = {}
+    while True:
+        try:
+            call = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            path, name, arguments = pickle.loads(call)
+            torch.manual_seed(0)
+            if path not in modules:
+                spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+                modules[path] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+                spec.loader.exec_module(modules[path])  # type: ignore[union-attr]
+            outcome = {"result": getattr(modules[path], name)(world, *arguments)}
+        except BaseException:
+            outcome = {"error": traceback.format_exc()}
+        pipe.send_bytes(pickle.dumps(outcome))
+
+
+def main() -> None:
+    """Be a worker."""
+    pipe, rank, world_size = (int(argument) for argument in sys.argv[1:4])
+    seconds, folder = float(sys.argv[4]), Path(sys.argv[5])
+    faulthandler.enable()
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(folder / "store"), world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=seconds),
+    )
+    serve(Connection(pipe), World(rank, world_size))
+
+
+if __name__ == "__main__":
+    main()

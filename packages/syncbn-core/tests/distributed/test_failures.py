@@ -1,0 +1,102 @@
+"""A process that dies, raises or goes elsewhere is an error in the others, and no hang."""
+
+import os
+
+import pytest
+import torch
+
+from syncbn_comm import BrokenSyncError
+from syncbn_core import SynchronizedBatchNorm2d
+
+GROUP_SECONDS = 5.0
+
+
+def layers():
+    return torch.nn.Sequential(*(SynchronizedBatchNorm2d(4) for _ in range(3)))
+
+
+def train_until(world, event, phase):
+    """Let an event happen in process 1 after two layers of the forward, or before its backward."""
+    model, x = layers(), torch.randn(2, 4, 3, 3, requires_grad=True)
+    y = model[:2](x)
+    try:
+        if phase == "backward":
+            y = model[2](y)
+        if world.rank == 1:
+            happen(event)
+        (y if phase == "backward" else model[2](y)).square().sum().backward()
+    except BrokenSyncError as error:
+        return str(error), type(error.__cause__).__name__, isinstance(error.__cause__, RuntimeError)
+
+
+def happen(event):
+    if event == "dies":
+        os._exit(3)
+    raise OSError("no such image")
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("event", ["dies", "raises"])
+def test_the_others_get_an_error_that_names_the_layer(event, phase, new_processes):
+    survivor, other = new_processes(2, GROUP_SECONDS).outcomes(train_until, event, phase)
+    message, _, has_cause = survivor["result"]
+    start = (
+        f"process 0 of 2 could not synchronize with the others in the {phase} of 'SynchronizedBatchNorm2d': "
+    )
+    assert message.startswith(start)
+    assert len(message) > len(start)
+    assert has_cause
+    assert other is None if event == "dies" else "no such image" in other["error"]
+
+
+CHECKED = {"SYNCBN_CHECK": "1"}
+
+
+def named(kind, name):
+    layer = kind(4)
+    layer._layer_name = name  # as convert_model notes it
+    return layer
+
+
+def go_astray(world, way):
+    first, second = (named(SynchronizedBatchNorm2d, name) for name in ("stem.bn", "head.bn"))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    try:
+        if world.rank == 1 and way == "skips a layer":
+            second(x)
+        elif world.rank == 1 and way == "takes another order":
+            second(first(second(x)))
+        elif world.rank == 1 and way == "calls a layer once more":
+            second(first(first(x)))
+        else:
+            second(first(x))
+    except BrokenSyncError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("way", "where"),
+    [
+        ("skips a layer", ["the forward of 'stem.bn' (call 1)", "the forward of 'head.bn' (call 1)"]),
+        ("takes another order", ["the forward of 'stem.bn' (call 1)", "the forward of 'head.bn' (call 1)"]),
+        (
+            "calls a layer once more",
+            ["the forward of 'head.bn' (call 1)", "the forward of 'stem.bn' (call 2)"],
+        ),
+    ],
+)
+def test_the_check_says_who_is_where(way, where, new_processes):
+    errors = new_processes(2, GROUP_SECONDS, CHECKED).run(go_astray, way)
+    expected = f"expected all processes at one place, got process 0 at {where[0]}, process 1 at {where[1]}"
+    assert errors == [expected, expected]
+
+
+def train_checked(world):
+    layer = SynchronizedBatchNorm2d(4)
+    for _ in range(2):
+        layer(torch.randn(2, 4, 3, 3, requires_grad=True)).square().sum().backward()
+    return layer.num_batches_tracked.item()
+
+
+def test_the_check_lets_what_is_right_pass(new_processes):
+    assert new_processes(2, GROUP_SECONDS, CHECKED).run(train_checked) == [2, 2]

@@ -1,0 +1,117 @@
+"""Processes are one batch: outputs, gradients and running statistics are those of torch's own layer on it."""
+
+import pytest
+import torch
+from torch import nn
+
+from syncbn_core import (
+    SynchronizedBatchNorm,
+    SynchronizedBatchNorm1d,
+    SynchronizedBatchNorm2d,
+    SynchronizedBatchNorm3d,
+)
+
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float16: {"rtol": 1e-2, "atol": 1e-2},
+    torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
+}
+SHAPES = [
+    (SynchronizedBatchNorm1d, ()),
+    (SynchronizedBatchNorm1d, (5,)),
+    (SynchronizedBatchNorm2d, (3, 5)),
+    (SynchronizedBatchNorm3d, (2, 3, 2)),
+    (SynchronizedBatchNorm, ()),
+    (SynchronizedBatchNorm, (3, 5)),
+]
+STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+SPLITS = [[3, 3], [1, 5], [0, 4], [2, 2, 2, 2], [3, 0, 1, 2]]
+
+
+def train(world, kind, sizes, spatial, dtype, layout, options, ours, steps):
+    layer = kind(4, eps=0.3, **options, **ours, dtype=dtype)
+    whole = torch.randn(sum(sizes), 4, *spatial, dtype=torch.float64) * 3 + 1
+    twin = STOCK[whole.dim()](4, eps=0.3, **options, dtype=dtype)
+    for tensor in layer.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    twin.load_state_dict(layer.state_dict())
+    for _ in range(steps):
+        whole = (whole * 1.5 - 1).to(dtype).to(memory_format=getattr(torch, layout))
+        world.assert_equals_whole_batch(layer, twin, whole, sizes, **TOLERANCES[dtype])
+
+
+@pytest.fixture
+def train_as_one(processes):
+    def train_as_one(
+        kind, sizes, spatial, dtype=torch.float64, layout="preserve_format", steps=1, fused=True, **options
+    ):
+        ours = {"fused": fused}
+        processes(len(sizes)).run(train, kind, sizes, spatial, dtype, layout, options, ours, steps)
+
+    return train_as_one
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("kind", "spatial"), SHAPES)
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+def test_any_split_of_any_shape_equals_the_whole_batch(sizes, kind, spatial, dtype, fused, train_as_one):
+    train_as_one(kind, sizes, spatial, dtype, fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0])
+@pytest.mark.parametrize("track_running_stats", [True, False], ids=["tracking", "untracked"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("sizes", [[2, 2], [4, 0]], ids=str)
+def test_every_option_equals_the_whole_batch_step_after_step(
+    sizes, affine, track_running_stats, momentum, fused, train_as_one
+):
+    train_as_one(
+        SynchronizedBatchNorm2d,
+        sizes,
+        (3, 2),
+        steps=3,
+        fused=fused,
+        affine=affine,
+        track_running_stats=track_running_stats,
+        momentum=momentum,
+    )
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize(
+    ("kind", "spatial", "layout"),
+    [
+        (SynchronizedBatchNorm2d, (3, 5), "channels_last"),
+        (SynchronizedBatchNorm3d, (2, 3, 5), "channels_last_3d"),
+    ],
+)
+@pytest.mark.parametrize("sizes", [[1, 3], [2, 2, 2, 2]], ids=str)
+def test_channels_last_equals_the_whole_batch(sizes, kind, spatial, layout, affine, train_as_one):
+    train_as_one(kind, sizes, spatial, layout=layout, affine=affine)
+
+
+def keep_layout(world):
+    x = torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last).requires_grad_()
+    y = SynchronizedBatchNorm2d(4)(x)
+    (y * torch.randn(2, 4, 3, 5)).sum().backward()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_outputs_and_gradients_stay_channels_last(processes):
+    processes(2).run(keep_layout)
+
+
+def track_far_from_zero(world):
+    whole = torch.randn(8, 4, 6, 6) + 1e6 * torch.arange(1, 5).view(1, 4, 1, 1)
+    layer = SynchronizedBatchNorm2d(4, momentum=1.0)
+    layer(world.share(whole))
+    torch.testing.assert_close(layer.running_var, whole.double().var((0, 2, 3)).float(), rtol=1e-5, atol=0.0)
+
+
+def test_a_mean_far_from_zero_costs_no_digits_on_the_way(processes):
+    processes(2).run(track_far_from_zero)
