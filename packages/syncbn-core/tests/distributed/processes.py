@@ -1,8 +1,8 @@
 """Lasting worker processes of one gloo group, and what the functions that run in them find there.
 
-A test calls a function of its own file in every process at once. The processes of one size stay for the whole
-session, since each takes seconds to import torch; where a call fails, they are ended and the next test gets new
-ones. Every wait has a limit.
+A test calls a function of its own file in every process at once. The processes of one size stay for the
+whole session, since each takes seconds to import torch; where a call fails, they are ended and the next test
+gets new ones. Every wait has a limit.
 
 The file is both sides: the tests load it for `Processes`, and each worker runs it as a program.
 """
@@ -144,6 +144,8 @@ class World:
     ) -> None:
         """Train a step on this share, and a twin on the whole batch; compare all that comes of it.
 
+        Of a wrapped model that is the gradients and buffers of its module.
+
         Every output has a weight of its own in the loss: the gradient of a batch norm's plain sum is zero.
         """
         model.zero_grad()
@@ -156,12 +158,13 @@ class World:
         (expected * weights).sum().backward()
         torch.testing.assert_close(y, self.share(expected, sizes), **tolerance)
         torch.testing.assert_close(x.grad, self.share(whole.grad, sizes), **tolerance)
+        model = getattr(model, "module", model)
         gradients = {name: p.grad for name, p in twin.named_parameters()}
         torch.testing.assert_close(self.total_gradients(model), gradients, **tolerance)
         torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), **tolerance)
 
     def shuffle_sequence(self, root: Tensor, seed: int) -> int:
-        """Give the Merge nodes of a graph random sequence numbers, others in each process; return how many."""
+        """Give the Merge nodes of a graph random sequence numbers, by process; return how many they are."""
         draw = random.Random(f"{self.rank} {seed}")
         merges = [node for node in nodes_behind(root) if "Merge" in node.name()]
         for node in merges:

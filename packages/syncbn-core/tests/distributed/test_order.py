@@ -1,7 +1,7 @@
 """All processes issue the collectives of a backward in one order, whatever else differs between them.
 
-The order in which autograd runs what is ready follows sequence numbers. Here those of the Merge nodes are drawn
-at random, others in each process: only what the graph itself enforces is left.
+The order in which autograd runs what is ready follows sequence numbers. Here those of the Merge nodes are
+drawn at random, others in each process: only what the graph itself enforces is left.
 """
 
 import pytest

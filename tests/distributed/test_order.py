@@ -1,0 +1,81 @@
+"""Replicas and processes: all processes issue the collectives of a backward in one order.
+
+The sequence numbers of the Merge nodes, which autograd goes by where several are ready, are drawn at random,
+others in each process.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn_convert import convert_model
+from syncbn_parallel import DataParallelWithCallback
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+REPETITIONS = 200
+
+
+class Branches(nn.Module):
+    """Four parallel branches of different widths, joined by a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(4, width, 1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, 3, 1),
+                nn.BatchNorm2d(3),
+            )
+            for width in (2, 3, 5, 6)
+        )
+
+    def forward(self, x):
+        stem = self.stem(x)
+        return sum(branch(stem) for branch in self.branches)
+
+
+def repeat_backward(world, replicas, ddp, repetitions=REPETITIONS):
+    torch.manual_seed(0)
+    twin = Branches().double()
+    model = Branches().double()
+    model.load_state_dict(twin.state_dict())
+    model = DataParallelWithCallback(convert_model(model), ["cpu"] * replicas)
+    called = DistributedDataParallel(model) if ddp else model
+    for repetition in range(repetitions):
+        for module in (model, twin):
+            module.zero_grad()
+        whole = torch.randn(12, 3, 2, 2, dtype=torch.float64)
+        weights = torch.randn(12, 3, 2, 2, dtype=torch.float64)
+        loss = (called(world.share(whole)) * world.share(weights)).sum()
+        shuffled = world.shuffle_sequence(loss, repetition)
+        assert shuffled == 9, shuffled
+        loss.backward()
+        (twin(whole) * weights).sum().backward()
+        # What DDP has averaged is the same in all processes.
+        ours = [total / (world.size if ddp else 1) for total in world.total_gradients(model).values()]
+        theirs = [p.grad / (world.size if ddp else 1) for p in twin.parameters()]
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("ddp", [False, True], ids=["bare", "ddp"])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_backward_is_right_in_every_repetition(replicas, ddp, processes):
+    processes(2).run(repeat_backward, replicas, ddp)
+
+
+def repeat_backward_without_chains(world, replicas, ddp):
+    from syncbn_core import _order, _synchronized
+
+    _synchronized.chain_of = lambda x, group: _order.Chain()  # one for each node
+    repeat_backward(world, replicas, ddp)
+
+
+@pytest.mark.parametrize("ddp", [False, True], ids=["bare", "ddp"])
+def test_without_the_chains_it_is_not(ddp, new_processes):
+    outcomes = new_processes(2, group_seconds=5).outcomes(repeat_backward_without_chains, 3, ddp)
+    # Mixed up, or a time-out, or the end of the process by gloo itself: never right.
+    assert all(outcome is None or "error" in outcome for outcome in outcomes)
