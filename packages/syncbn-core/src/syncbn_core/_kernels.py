@@ -99,11 +99,16 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
         sums = _cpu_gradient_sums(dy, x, mean)
     elif x.is_cuda:
         reduce = torch.batch_norm_backward_reduce
-        sums = reduce(dy, x, mean, invstd.to(dtype), None, True, False, False)[:2]
+        sums = reduce(_laid_out_as(x, dy), x, mean, invstd.to(dtype), None, True, False, False)[:2]
     else:
         dy, x = dy.to(dtype), x.to(dtype)
         sums = sum_over_batch(dy), sum_over_batch(dy * (x - unsqueeze_channels(mean, x)))
     return torch.stack(sums).to(merge_dtype(x.device))
+
+
+def _laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
+    """``dy`` with the strides of ``x``: the kernels for CUDA read both by one of the two layouts."""
+    return dy if dy.stride() == x.stride() else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
 def _cpu_gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +142,7 @@ def input_gradient(dy: Tensor | None, x: Tensor, local_mean: Tensor, coefficient
         # sum_dy / count and sum_dy_xmu * invstd**2 / count are what the kernel makes of its arguments.
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         ones = torch.ones_like(local_mean)
+        dy = _laid_out_as(x, dy)
         return torch.batch_norm_backward_elemt(dy, x, local_mean, ones, a, shift, slope, one)
     _, bias, scale = (coefficients * -coefficients[0]).to(dtype).unbind()
     if not x.is_cpu:
