@@ -175,6 +175,7 @@ def minimums(session: nox.Session) -> None:
     # The wheels of this torch import only beside the CUDA libraries they were built for: 5 GB.
     lowest = ("torch==2.4.0", "numpy==1.26.4")
     session.install(*TEST_TOOLS, *lowest)
+    session.env["PYTEST_ADDOPTS"] = "-W default::FutureWarning"  # it warns of itself
     run_together(session, lowest)
 
 
