@@ -147,6 +147,22 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def demo_distributed(session: nox.Session) -> None:
+    """Train on handwritten digits in two processes, with and without replicas in each of them."""
+    session.install(*DEMO_TOOLS, "torch", *PINNED)
+    install_only(session, LAYERS)
+    session.run("torchrun", "--nproc-per-node", "2", "examples/digits_ddp.py", *session.posargs)
+
+
+@nox.session
+def bench_processes(session: nox.Session) -> None:
+    """Measure one layer over 1, 2, 4 and 8 processes beside what else one could do."""
+    session.install("matplotlib", "numpy", "torch", *PINNED)
+    install_only(session, ["comm", "core"])
+    session.run("python", "benchmarks/processes.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the style of every Python file."""
     session.install("ruff", *PINNED)

@@ -1,0 +1,216 @@
+"""What synchronization over processes costs: one layer, forward and backward, on gloo.
+
+Each process runs the variants side by side and in turns, on its own batch:
+
+- unsynchronized: torch's ``nn.BatchNorm2d``;
+- ours: ``SynchronizedBatchNorm2d``;
+- plain ops: ordinary differentiable operations, with a differentiable all_reduce of the mean and of the mean
+  of squares, as most implementations for the CPU do it;
+- floor: nothing but an all_gather of 2C + 1 numbers and an all_reduce of 2C, the bytes that any layer needs.
+
+It also measures how to add up 2C numbers of every process: by an all_gather and a local sum, or by an
+all_reduce; and what a collective of few numbers costs as processes grow.
+
+The processes are started here, as many as ``--processes`` says, one thread each.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from syncbn_core import SynchronizedBatchNorm2d
+
+SHAPES = [(16, 64, 56, 56), (8, 256, 28, 28), (4, 512, 7, 7), (2, 64, 8, 8)]  # of one process
+CHANNELS = [64, 256, 512]
+RESULTS = Path(__file__).parent / "results"
+Times = dict[str, float]  # median seconds of every variant
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """A differentiable all_reduce: its adjoint is another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Add up what the processes have."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Add up their gradients."""
+        return SumOverProcesses.apply(grad)
+
+
+class PlainOps(nn.BatchNorm2d):
+    """Synchronized batch norm of ordinary operations, for equal batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise by the mean and the mean of squares over all processes."""
+        means = torch.stack([x.mean((0, 2, 3)), (x * x).mean((0, 2, 3))])
+        mean, mean_of_squares = SumOverProcesses.apply(means) / dist.get_world_size()
+        var = mean_of_squares - mean * mean
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def step_of(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
+    """One forward and backward of a layer."""
+    x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
+
+    def step() -> None:
+        x.grad = None
+        layer.zero_grad()
+        layer(x).backward(dy)
+
+    return step
+
+
+def gathering(numbers: int) -> Callable[[], None]:
+    """One all_gather and a local sum."""
+    mine = torch.randn(numbers, dtype=torch.float64)
+    everybody = torch.empty(dist.get_world_size(), numbers, dtype=torch.float64)
+
+    def gather() -> None:
+        dist.all_gather(list(everybody.unbind()), mine)
+        everybody.sum(0)
+
+    return gather
+
+
+def reducing(numbers: int) -> Callable[[], None]:
+    """One all_reduce."""
+    mine = torch.randn(numbers, dtype=torch.float64)
+    return lambda: dist.all_reduce(mine.clone())
+
+
+def measure(variants: dict[str, Callable[[], None]], seconds: float) -> Times:
+    """Run the variants in turns for about so long; the medians."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for variant in variants.values():
+        for _ in range(3):
+            variant()
+    started = time.perf_counter()
+    go_on = torch.ones(1)
+    while go_on.item():
+        for name, variant in variants.items():
+            dist.barrier()
+            before = time.perf_counter()
+            variant()
+            times[name].append(time.perf_counter() - before)
+        go_on.fill_(float(time.perf_counter() - started < seconds or len(times[name]) < 10))
+        dist.broadcast(go_on, 0)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def measure_all(rank: int, world_size: int, seconds: float, folder: str) -> None:
+    """Measure everything in one of the processes; process 0 writes it down."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    layers: dict[tuple[int, ...], Times] = {}
+    for shape in SHAPES:
+        channels = shape[1]
+        gather, reduce = gathering(2 * channels + 1), reducing(2 * channels)
+        variants = {
+            "unsynchronized": step_of(nn.BatchNorm2d(channels), shape),
+            "ours": step_of(SynchronizedBatchNorm2d(channels), shape),
+            "plain ops": step_of(PlainOps(channels), shape),
+            "floor": lambda gather=gather, reduce=reduce: (gather(), reduce()),
+        }
+        layers[shape] = measure(variants, seconds)
+    sums = {
+        channels: measure({"gather": gathering(2 * channels), "reduce": reducing(2 * channels)}, seconds)
+        for channels in CHANNELS
+    }
+    if rank == 0:
+        torch.save((layers, sums), f"{folder}/results")
+    dist.destroy_process_group()
+
+
+def run(world_size: int, seconds: float) -> tuple[dict[tuple[int, ...], Times], dict[int, Times]]:
+    """Measure with so many processes."""
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(measure_all, (world_size, seconds, folder), nprocs=world_size)
+        return torch.load(f"{folder}/results", weights_only=False)
+
+
+def layer_table(results: dict[tuple[int, ...], Times]) -> list[str]:
+    """Compare the layers, in microseconds."""
+    lines = [
+        "| batch of a process | unsynchronized | ours | plain ops | floor "
+        "| plain ops / ours | overhead / floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, times in results.items():
+        plain, ours, ops, floor = (times[n] for n in ("unsynchronized", "ours", "plain ops", "floor"))
+        cells = " | ".join(f"{1e6 * each:,.0f}" for each in (plain, ours, ops, floor))
+        lines.append(f"| {shape} | {cells} | {ops / ours:.1f} | {(ours - plain) / floor:.1f} |")
+    return lines
+
+
+def sum_table(results: dict[int, dict[int, Times]]) -> list[str]:
+    """Compare the two ways of adding up, in microseconds, by processes and channels."""
+    lines = ["| processes | channels | all_gather and sum | all_reduce |", "|---|---|---|---|"]
+    for world_size, sums in results.items():
+        for channels, times in sums.items():
+            gather, reduce = 1e6 * times["gather"], 1e6 * times["reduce"]
+            lines.append(f"| {world_size} | {channels} | {gather:,.0f} | {reduce:,.0f} |")
+    return lines
+
+
+def draw(results: dict[int, dict[tuple[int, ...], Times]], path: Path) -> None:
+    """Draw each variant's time by the shape, one picture for each number of processes."""
+    figure = Figure(figsize=(4.5 * len(results), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (world_size, layers) in zip(panels, results.items(), strict=True):
+        for offset, name in enumerate(("unsynchronized", "ours", "plain ops", "floor")):
+            places = [place + 0.2 * offset - 0.3 for place in range(len(layers))]
+            axes.bar(places, [1e6 * times[name] for times in layers.values()], 0.2, label=name)
+        axes.set(title=f"processes: {world_size}", ylabel="microseconds", yscale="log")
+        axes.set_xticks(range(len(layers)), ["x".join(map(str, shape)) for shape in layers], fontsize=7)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print the tables, and keep them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each shape")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder for the table and the chart")
+    arguments = parser.parse_args()
+    results = {world_size: run(world_size, arguments.seconds) for world_size in arguments.processes}
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, gloo on the loopback"
+    lines = [f"Medians in microseconds; {machine}; {date.today()}.", ""]
+    for world_size, (layers, _) in results.items():
+        lines += [f"## Processes: {world_size}", "", *layer_table(layers), ""]
+    lines += ["## Adding up 2C numbers", "", *sum_table({n: sums for n, (_, sums) in results.items()})]
+    print("\n".join(lines))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "processes.md").write_text("# Processes\n\n" + "\n".join(lines) + "\n")
+    draw({n: layers for n, (layers, _) in results.items()}, arguments.output / "processes.png")
+
+
+if __name__ == "__main__":
+    main()

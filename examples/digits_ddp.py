@@ -1,0 +1,82 @@
+"""Train on handwritten digits in several processes, and see that they are one batch.
+
+The run of ``digits.py``, by ``torchrun``, each process with its share of every batch of 16 images:
+
+- whole batch: on one device, with ``nn.BatchNorm2d``;
+- unsynchronized: ``DistributedDataParallel``, every process normalizing by its own share;
+- synchronized: the same after ``convert_model``;
+- replicas too: the same, with four replicas in each process.
+
+Start it by ``torchrun --nproc-per-node 2 examples/digits_ddp.py``. It fails where the weights of the last two
+runs are not those of the whole batch to nine digits.
+"""
+
+import argparse
+import copy
+import io
+import os
+from contextlib import nullcontext, redirect_stderr
+
+import digits
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn_convert import convert_model
+from syncbn_parallel import DataParallelWithCallback
+
+REPLICAS = 4
+TOLERANCE = 1e-9
+
+
+class RunInProcesses(digits.Run):
+    """A run whose batches are shared among the processes."""
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Train on this process's share of one batch."""
+        size, rank = dist.get_world_size(), dist.get_rank()
+        super().step(images.tensor_split(size)[rank], labels.tensor_split(size)[rank])
+
+
+def start_runs() -> list[digits.Run]:
+    """Give all runs, whole batch first, the same initial weights."""
+    whole = digits.residual_net().double()
+    alone = copy.deepcopy(whole)
+    together = convert_model(copy.deepcopy(whole))
+    both = convert_model(copy.deepcopy(whole))
+    replicas = DataParallelWithCallback(both, ["cpu"] * REPLICAS)
+    return [
+        digits.Run("whole batch", whole, whole),
+        RunInProcesses("unsynchronized", alone, DistributedDataParallel(alone)),
+        RunInProcesses("synchronized", together, DistributedDataParallel(together)),
+        RunInProcesses("replicas too", both, DistributedDataParallel(replicas)),
+    ]
+
+
+def main() -> None:
+    """Train, print the table, check it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the training images")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("gloo")
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if digits.BATCH % size:
+        raise SystemExit(f"expected a number of processes that divides {digits.BATCH}, got {size}")
+    torch.manual_seed(0)
+    runs = start_runs()
+    with nullcontext() if rank == 0 else redirect_stderr(io.StringIO()):  # one progress bar is enough
+        digits.train(runs, digits.load(torch.float64), arguments.epochs)
+    distances = [digits.distance(run.weights(), runs[0].weights()) for run in runs[2:]]
+    if rank == 0:
+        print(digits.table(runs))
+        print(f"{size} processes; synchronized, they differ from the whole batch by {max(distances):.1e}")
+    dist.destroy_process_group()
+    if max(distances) > TOLERANCE:
+        raise SystemExit(f"expected at most {TOLERANCE:.0e}, got {max(distances):.1e}")
+
+
+if __name__ == "__main__":
+    main()
