@@ -5,6 +5,8 @@ To conversion a group is an opaque object; one that cannot be copied or pickled,
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 from torch import nn
@@ -69,3 +71,30 @@ def test_a_pickle_of_a_converted_model_drops_the_groups(model):
 
     assert loaded[0].process_group is loaded[1].process_group is None
     assert revert_model(loaded)[1].process_group is None
+
+
+TRAIN_AND_REVERT = """
+import sys, torch
+import torch.distributed as dist
+from torch import nn
+from syncbn_convert import convert_model, revert_model
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+layer = nn.BatchNorm2d(3)
+before = {**vars(layer)}
+convert_model(layer)(torch.randn(2, 3, 4, 4)).sum().backward()
+revert_model(layer)
+after = vars(layer)
+assert list(after) == list(before) and all(after[key] is before[key] for key in before), after.keys()
+dist.destroy_process_group()
+"""
+
+
+def test_a_layer_that_ran_over_two_processes_reverts_to_what_it_was(tmp_path):
+    command = [sys.executable, "-c", TRAIN_AND_REVERT, str(tmp_path / "rendezvous")]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 from torch import nn
@@ -14,10 +15,12 @@ from ._registry import SYNCHRONIZED
 
 EpsMode = Literal["plus", "clamp"]
 
-# What a synchronized layer has beyond torch's own. Each has a default on the class, so a layer whose class
-# was changed needs in its own __dict__ only those that differ.
 OPTIONS = ("process_group", "eps_mode", "fused")
 _LAYER_NAME = "_layer_name"
+
+# All that a synchronized layer has beyond torch's own. Each has a default on the class, so a layer whose
+# class was changed needs in its own __dict__ only those that differ; its forward may add others.
+_OWN = tuple(inspect.get_annotations(SynchronizedBatchNorm.__bases__[0]))
 
 
 def layer_options(process_group: Any, eps_mode: EpsMode | None, fused: bool) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def swap_layer(layer: nn.Module, target: type[nn.Module], options: dict[str, Any
         swap(layer, target, {}, ())
         return
     attributes = {**options, _LAYER_NAME: name} if name else options
-    swap(layer, target, attributes, (*OPTIONS, _LAYER_NAME))
+    swap(layer, target, attributes, _OWN)
 
 
 def settle(module: nn.Module, training: bool, options: dict[str, Any], name: str) -> None:
