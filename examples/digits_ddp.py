@@ -14,7 +14,6 @@ runs are not those of the whole batch to nine digits.
 import argparse
 import copy
 import io
-import os
 from contextlib import nullcontext, redirect_stderr
 
 import digits
@@ -60,7 +59,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="passes over the training images")
     arguments = parser.parse_args()
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("gloo")
     size, rank = dist.get_world_size(), dist.get_rank()
     if digits.BATCH % size:
