@@ -20,11 +20,11 @@ WRONG_DIMS = [
     (
         SynchronizedBatchNorm1d,
         (2, 3, 4, 4),
-        "expected 2D or 3D input at {}, got 4D input of shape (2, 3, 4, 4)",
+        "expected 2D or 3D input at '{}', got 4D input of shape (2, 3, 4, 4)",
     ),
-    (SynchronizedBatchNorm2d, (2, 3, 4), "expected 4D input at {}, got 3D input of shape (2, 3, 4)"),
-    (SynchronizedBatchNorm3d, (2, 3), "expected 5D input at {}, got 2D input of shape (2, 3)"),
-    (SynchronizedBatchNorm, (3,), "expected 2D or 3D or 4D or 5D input at {}, got 1D input of shape (3,)"),
+    (SynchronizedBatchNorm2d, (2, 3, 4), "expected 4D input at '{}', got 3D input of shape (2, 3, 4)"),
+    (SynchronizedBatchNorm3d, (2, 3), "expected 5D input at '{}', got 2D input of shape (2, 3)"),
+    (SynchronizedBatchNorm, (3,), "expected 2D or 3D or 4D or 5D input at '{}', got 1D input of shape (3,)"),
 ]
 
 
@@ -54,7 +54,7 @@ def test_an_input_of_other_dimensions(kind, shape, message, training):
 def test_an_input_of_other_channels(training):
     layer = SynchronizedBatchNorm2d(3).train(training)
     message = (
-        "expected 3 channels (num_features) at SynchronizedBatchNorm2d, got 4 in an input of shape (2, 4"
+        "expected 3 channels (num_features) at 'SynchronizedBatchNorm2d', got 4 in an input of shape (2, 4"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         layer(torch.ones(2, 4, 5, 5))
@@ -62,7 +62,7 @@ def test_an_input_of_other_channels(training):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
 def test_an_input_that_is_not_of_floating_point(dtype):
-    with pytest.raises(TypeError, match=f"expected a floating-point input at .*2d, got {dtype}"):
+    with pytest.raises(TypeError, match=f"expected a floating-point input at '.*2d', got {dtype}"):
         SynchronizedBatchNorm2d(3)(torch.ones(2, 3, 4, 4).to(dtype))
 
 
@@ -70,9 +70,9 @@ def test_a_layer_that_knows_its_name_says_it(replicas_of):
     wrong = torch.ones(2, 3)
     layer = SynchronizedBatchNorm2d(3)
     layer._layer_name = "encoder.bn1"
-    with pytest.raises(ValueError, match=r"input at encoder\.bn1, got"):
+    with pytest.raises(ValueError, match=r"input at 'encoder\.bn1', got"):
         layer(wrong)
-    with pytest.raises(ValueError, match=r"input at net\.0, got"):
+    with pytest.raises(ValueError, match=r"input at 'net\.0', got"):
         replicas_of(nn.Sequential(layer), 2).modules[0](wrong)
 
 
@@ -92,13 +92,13 @@ def test_one_value_per_channel_in_all_replicas_together(replicas, fused, run_rep
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (torch.ones(2, 3, 4, 4).double(), TypeError, r"of one dtype in all replicas at net.0, got .*float64"),
-        (torch.ones(2, 4, 4, 4), ValueError, r"expected 3 channels \(num_features\) at net.0, got 4"),
-        (torch.ones(2, 3, 4), ValueError, r"expected 4D input at net.0, got 3D"),
+        (torch.ones(2, 3, 4, 4).double(), TypeError, r"one dtype in all replicas at 'net.0', got .*float64"),
+        (torch.ones(2, 4, 4, 4), ValueError, r"expected 3 channels \(num_features\) at 'net.0', got 4"),
+        (torch.ones(2, 3, 4), ValueError, r"expected 4D input at 'net.0', got 3D"),
         (
             torch.ones(2, 3, 4, 4).int(),
             TypeError,
-            r"expected a floating-point input at net.0, got torch.int32",
+            r"expected a floating-point input at 'net.0', got torch.int32",
         ),
     ],
     ids=["dtype", "channels", "dimensions", "integers"],

@@ -52,6 +52,7 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
         syncbn_comm.BrokenSyncError: another replica failed, left, or did not come in time.
 
     Example:
+        >>> import torch
         >>> layer = SynchronizedBatchNorm2d(3)
         >>> layer(torch.randn(2, 3, 4, 4)).shape
         torch.Size([2, 3, 4, 4])

@@ -1,6 +1,6 @@
 """Where eps goes: into the variance by a sum, or under it as a floor."""
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 EpsMode = Literal["plus", "clamp"]
 
@@ -27,12 +27,11 @@ def set_sbn_eps_mode(mode: EpsMode) -> None:
 
 def check_eps_mode(mode: str) -> EpsMode:
     """Return ``mode`` where it is an eps mode, else raise ValueError."""
-    for known in get_args(EpsMode):
-        if mode == known:
-            return known  # type: ignore[no-any-return]
-    raise ValueError(f"expected eps_mode 'plus' or 'clamp', got {mode!r}")
+    if mode not in get_args(EpsMode):
+        raise ValueError(f"expected eps_mode 'plus' or 'clamp', got {mode!r}")
+    return cast(EpsMode, mode)
 
 
 def resolve_eps_mode(mode: EpsMode | None) -> EpsMode:
-    """Return ``mode``, or what None means at this moment."""
-    return _default if mode is None else mode
+    """Return ``mode``, or what None means at this moment; ValueError where it is neither."""
+    return _default if mode is None else check_eps_mode(mode)

@@ -93,7 +93,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
     """``(2, C)``: the sums of ``dy`` and of ``dy * (x - mean)`` over all but the channel axis."""
     if x.numel() == 0:
         return torch.zeros(2, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
-    dtype = compute_dtype(x.dtype)
+    dtype, exact_mean = compute_dtype(x.dtype), mean
     mean = mean.to(dtype)
     if x.is_cpu:
         sums = _cpu_gradient_sums(dy, x, mean)
@@ -103,7 +103,9 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
     else:
         dy, x = dy.to(dtype), x.to(dtype)
         sums = sum_over_batch(dy), sum_over_batch(dy * (x - unsqueeze_channels(mean, x)))
-    return torch.stack(sums).to(merge_dtype(x.device))
+    sum_dy, sum_dy_xmu = torch.stack(sums).to(merge_dtype(x.device)).unbind()
+    # The kernel took the mean rounded to its own dtype.
+    return torch.stack([sum_dy, torch.addcmul(sum_dy_xmu, sum_dy, mean - exact_mean)])
 
 
 def _laid_out_as(x: Tensor, dy: Tensor) -> Tensor:

@@ -90,16 +90,16 @@ class _Gather(Function):
     def forward(ctx: Any, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         statistics = _kernels.local_statistics(x)
         ctx.where = name
-        ctx.mean = statistics[0]
+        ctx.mean = statistics.detach()[0]
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        return x, statistics
+        return x.detach(), statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, coefficients: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
         if coefficients is None:  # no replica's output was used, so neither was this one's
-            return dy, None
+            return None, None
         with torch.no_grad():
             dx = _kernels.input_gradient(dy, x, ctx.mean, coefficients)
         return _refuse_second_derivative(ctx.where, [dx], [dy, x, coefficients])[0], None

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,12 @@ class Message(NamedTuple):
 
 Master = Callable[[Sequence[tuple[int, Message]]], list[tuple[int, Tensor]]]
 """``[(rank, message), ...] -> [(rank, mean_invstd), ...]``, in replica 0's thread."""
+
+
+class _Agreement(NamedTuple):
+    own: Tensor  # (3, C), the replica's own statistics
+    mean_invstd: Callable[[], Tensor | None]  # what was agreed on, as long as it is needed
+    in_grad_mode: bool
 
 
 class HasGroup(Protocol):
@@ -59,8 +66,7 @@ class Replication:
         self.name = name
         self.nested = nested
         self._forward = forward
-        # The replica's own statistics, and what was agreed on as long as a graph remembers it.
-        self._agreements: list[tuple[Tensor, weakref.ref[Tensor]]] = []
+        self._agreements: list[_Agreement] = []
 
     @property
     def group(self) -> ReplicaGroup | None:
@@ -93,9 +99,7 @@ class Replication:
                 "layer could synchronize the replicas of the inner one alone; give all devices to the outer"
             )
         mean_invstd = self.meet(message, master)
-        if mean_invstd.requires_grad:
-            self._agreements = [a for a in self._agreements if a[1]() is not None]
-            self._agreements.append((message.statistics.detach(), weakref.ref(mean_invstd)))
+        self._remember(message.statistics.detach(), mean_invstd)
         return mean_invstd
 
     def meet(self, message: Message, master: Master) -> Tensor:
@@ -112,22 +116,38 @@ class Replication:
                 "layer built with fused=False, whose graph spans all replicas: build it with fused=True, "
                 "or leave it out of the checkpoint"
             )
-        known = [(own, agreed) for own, ref in self._agreements if (agreed := ref()) is not None]
-        if not known and self.group is not None:
+        known = [(a, agreed) for a in self._agreements if (agreed := a.mean_invstd()) is not None]
+        if not known:
+            return None
+        # If the layer was called several times in this forward: a recomputation repeats the numbers of the
+        # first pass, so the replica's own statistics tell which call it is. They are compared on their
+        # device, so that the host does not wait for it.
+        distance = (torch.stack([a.own for a, _ in known]) - message.statistics).abs()  # (calls, 3, C)
+        nearest = distance.flatten(1).amax(1).argmin().view(1)
+        if not all(a.in_grad_mode for a, _ in known) and not known[int(nearest)][0].in_grad_mode:
             raise RuntimeError(
                 f"expected {self.name!r} to be recomputed after a forward with gradients, got a "
                 "recomputation of one without: torch.utils.checkpoint with use_reentrant=True runs the "
                 "backward of every replica by itself, but synchronized layers need one graph for all "
                 "replicas; pass use_reentrant=False"
             )
-        if len(known) <= 1:
-            return known[0][1].detach() if known else None
-        # The layer was called several times in this forward. A recomputation repeats the numbers of the first
-        # pass, so the replica's own statistics tell which call it is. They are compared on their device, so
-        # that the host does not wait for it.
-        distance = (torch.stack([own for own, _ in known]) - message.statistics).abs()  # (calls, 3, C)
-        nearest = distance.flatten(1).amax(1).argmin().view(1)
-        return torch.stack([agreed for _, agreed in known]).index_select(0, nearest)[0]
+        agreed = torch.stack([agreed for _, agreed in known]).index_select(0, nearest)[0]
+        # As in the forward, so that the same tensors are saved.
+        return agreed.requires_grad_(any(agreed.requires_grad for _, agreed in known))
+
+    def _remember(self, own: Tensor, mean_invstd: Tensor) -> None:
+        self._agreements = [a for a in self._agreements if a.mean_invstd() is not None]
+        if mean_invstd.requires_grad:
+            recall: Callable[[], Tensor | None] = weakref.ref(mean_invstd)  # a graph keeps it
+        elif self.group is not None:
+            recall = partial(_same, mean_invstd)  # for as long as the replica lives
+        else:
+            return
+        self._agreements.append(_Agreement(own, recall, torch.is_grad_enabled()))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _in_backward() -> bool:

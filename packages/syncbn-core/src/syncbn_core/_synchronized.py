@@ -123,7 +123,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         dtypes = {message.dtype for message in messages}
         if len(dtypes) > 1:
             got = ", ".join(f"{m.dtype} in replica {rank}" for rank, m in intermediates)
-            raise TypeError(f"expected inputs of one dtype in all replicas at {self._where()}, got {got}")
+            raise TypeError(f"expected inputs of one dtype in all replicas at {self._where()!r}, got {got}")
         samples = sum(message.samples for message in messages)
         parts = [message.statistics for message in messages]
         processes = self._processes() if self.training else None
@@ -134,7 +134,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
             if total == 1:
                 raise ValueError(
                     "Expected more than 1 value per channel when training, got 1 in all replicas together at "
-                    f"{self._where()}"
+                    f"{self._where()!r}"
                 )
             if total == 0:  # nothing to learn from, nothing to normalise
                 return mean, torch.ones_like(mean)
@@ -157,6 +157,9 @@ class _SynchronizedBatchNorm(_BatchNorm):
     def _compute_mean_std(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Move the running statistics, and return what to normalise with.
 
+        An override that normalises by another formula wants ``fused=False``: the fused backward is that of
+        this one.
+
         Args:
             mean: ``(C,)``, of the whole batch.
             m2: ``(C,)``, the sum of squared deviations from it.
@@ -166,7 +169,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
             mean and invstd, ``(C,)`` each.
         """
         if self.running_mean is not None:
-            self._move_running_statistics(mean, m2 / (count - 1))
+            self._move_running_statistics(mean.detach(), (m2 / (count - 1)).detach())
         var = m2 / count
         if resolve_eps_mode(self.eps_mode) == "clamp":
             return mean, var.clamp(min=self.eps).rsqrt()
@@ -225,17 +228,17 @@ class _SynchronizedBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise ValueError(
-                f"expected {self.num_features} channels (num_features) at {self._where()}, got "
+                f"expected {self.num_features} channels (num_features) at {self._where()!r}, got "
                 f"{input.shape[1]} in an input of shape {tuple(input.shape)}"
             )
         if not input.is_floating_point():
-            raise TypeError(f"expected a floating-point input at {self._where()}, got {input.dtype}")
+            raise TypeError(f"expected a floating-point input at {self._where()!r}, got {input.dtype}")
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dims:
             dims = " or ".join(f"{d}D" for d in self._dims)
             raise ValueError(
-                f"expected {dims} input at {self._where()}, got {input.dim()}D input of shape "
+                f"expected {dims} input at {self._where()!r}, got {input.dim()}D input of shape "
                 f"{tuple(input.shape)}"
             )
 
@@ -252,6 +255,11 @@ class _SynchronizedBatchNorm(_BatchNorm):
         if not isinstance(self.process_group, Scope):
             state.pop("process_group", None)  # belongs to this process; nothing of it can be written down
         return state
+
+    def __copy__(self) -> Self:
+        clone = self.__new__(type(self))
+        clone.__dict__.update(self._state_outside_a_forward())
+        return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SynchronizedBatchNorm":
         memo[id(self.process_group)] = self.process_group
