@@ -1,0 +1,73 @@
+"""Where the time of a training step over replicas goes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from syncbn_comm import ReplicaGroup
+from syncbn_core import _kernels
+from syncbn_parallel import DataParallelWithCallback
+
+
+class Clocks:
+    """Where the time of a step goes, by name.
+
+    Args:
+        replicas: how many threads work side by side outside of this one.
+    """
+
+    def __init__(self, replicas: int) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._replicas = replicas
+        self._lock = threading.Lock()
+
+    def on(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Add the time of each call to the name's."""
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.add(name, time.perf_counter() - start)
+
+        return run
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add a time that passed in this thread."""
+        alone = threading.current_thread() is threading.main_thread()
+        with self._lock:
+            self.seconds[name] += seconds if alone else seconds / self._replicas
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch what a step is made of."""
+        replica = type(ReplicaGroup(1).member(0))
+        exchange = replica.exchange
+
+        def clocked_exchange(self_: Any, message: Any, combine: Callable[..., Any], **keywords: Any) -> Any:
+            return exchange(self_, message, self.on("merge", combine), **keywords)
+
+        watched = [
+            ("replication", DataParallelWithCallback, "replicate"),
+            ("statistics", _kernels, "local_statistics"),
+            ("statistics", _kernels, "gradient_sums"),
+            ("normalization", _kernels, "normalize"),
+            ("normalization", _kernels, "input_gradient"),
+        ]
+        with ExitStack() as stack:
+            for name, owner, function in watched:
+                clocked = self.on(name, getattr(owner, function))
+                stack.enter_context(patch.object(owner, function, clocked))
+            stack.enter_context(patch.object(replica, "exchange", self.on("meeting", clocked_exchange)))
+            yield
+        # One replica merges while the others wait for it.
+        merging = self.seconds.pop("merge") * self._replicas
+        self.seconds["statistics"] += merging
+        self.seconds["hand-off, waiting"] = self.seconds.pop("meeting") - merging

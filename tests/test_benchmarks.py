@@ -1,0 +1,67 @@
+"""The benchmarks run, and leave a table and a chart; no time is looked at."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytest.importorskip("matplotlib")
+
+
+def tables_of(text):
+    """Return the tables of a Markdown file: by their headings, lists of rows of cells without the header."""
+    tables = {}
+    for line in text.splitlines():
+        if line.startswith("## "):
+            rows = tables[line[3:]] = []
+        elif line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    for rows in tables.values():
+        assert len({len(row) for row in rows}) == 1
+        assert set(rows[1]) == {"---"}
+    return {heading: rows[2:] for heading, rows in tables.items()}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Run a benchmark, once, and return the folder with its results."""
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--output", str(folder)]
+        environment = os.environ | {"PYTHONWARNINGS": "error", "OMP_WAIT_POLICY": "passive"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["layer", "rounds", "model", "replication"])
+def test_every_variant_is_timed_in_blocks_and_in_turns_under_both_allocators(name, folder_of):
+    tables = tables_of((folder_of(name) / f"{name}.md").read_text())
+    conditions = {}
+    for case, variant, allocator, order, median, quartiles, ratio, faults in tables["Timings"]:
+        conditions.setdefault((case, variant), set()).add((allocator, order))
+        low, high = (float(each.replace(",", "")) for each in quartiles.split(" to "))
+        assert 0 < low <= float(median.replace(",", "")) <= high
+        assert float(ratio) > 0
+        assert int(faults) >= 0
+    four = {(allocator, order) for allocator in ("pinned", "default") for order in ("blocks", "turns")}
+    assert len(conditions) > 1
+    assert all(each == four for each in conditions.values())
+    assert tables["Targets"]
+    assert {row[-1] for row in tables["Targets"]} <= {"yes", "**no**"}
+    assert (folder_of(name) / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_forward_keeps_a_few_vectors_of_c_for_its_backward_unless_it_is_of_plain_operations(folder_of):
+    rows = tables_of((folder_of("layer") / "layer.md").read_text())["Memory"]
+    assert {"2 synchronized", "4 plain ops"} < {row[1] for row in rows}
+    for _, variant, _, vectors, *_ in rows:
+        assert (int(vectors) < 50) == ("plain" not in variant)
