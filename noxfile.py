@@ -163,6 +163,15 @@ def bench_processes(session: nox.Session) -> None:
 
 
 @nox.session
+def ecosystem(session: nox.Session) -> None:
+    """Test models and tools of other libraries, and renew the tables in docs/ecosystem.md."""
+    session.install(*TEST_TOOLS, "numpy", "torch", "-r", "tests/ecosystem/requirements.txt", *PINNED)
+    install_only(session, LAYERS)
+    tables = ("--tables", "docs/ecosystem.md")
+    session.run("python", "-m", "pytest", "-s", *tables, "tests/ecosystem", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the style of every Python file."""
     session.install("ruff", *PINNED)
