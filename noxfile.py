@@ -155,6 +155,16 @@ def demo_distributed(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure layer, rounds, model and replication beside what they have to be compared with."""
+    session.install("matplotlib", "numpy", "torch", *PINNED)
+    install_only(session, LAYERS)
+    del session.env["OMP_WAIT_POLICY"]  # threads wait as they do at the user's
+    for program in ("layer", "rounds", "model", "replication"):
+        session.run("python", f"benchmarks/{program}.py", *session.posargs)
+
+
+@nox.session
 def bench_processes(session: nox.Session) -> None:
     """Measure one layer over 1, 2, 4 and 8 processes beside what else one could do."""
     session.install("matplotlib", "numpy", "torch", *PINNED)

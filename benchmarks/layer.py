@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -118,14 +117,12 @@ def variants_of(
 
     home = places[0][0]
     x, dy = batch(), batch()
-    variants = {}
-    whole = partial(nn.BatchNorm2d, shape[1], device=home)
-    variants[WHOLE] = LayerStep(whole(), [x.clone().requires_grad_()], [dy])
+    on_one_device = {WHOLE: nn.BatchNorm2d(shape[1], device=home)}
     if home != "cpu":
-        variants |= {
-            name: LayerStep(layer, [x.clone().requires_grad_()], [dy])
-            for name, layer in gpu.whole_batch_layers(shape[1]).items()
-        }
+        on_one_device |= gpu.whole_batch_layers(shape[1])
+    variants = {
+        name: LayerStep(layer, [x.clone().requires_grad_()], [dy]) for name, layer in on_one_device.items()
+    }
     for devices, (name, kind) in product(places, LAYERS.items()):
         parts = [part.requires_grad_() for part in split(x, devices)]
         layer = OnParts(kind(shape[1], device=home), devices)
