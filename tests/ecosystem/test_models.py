@@ -20,14 +20,20 @@ from transformers import (
     ResNetForImageClassification,
     SegformerConfig,
     SegformerForSemanticSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
 )
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from syncbn_convert import convert_model, inspect_model, revert_model
 from syncbn_parallel import DataParallelWithCallback
 
 # Dropout and stochastic depth draw other numbers in every replica than for the whole batch: they are off.
 MOBILENET = MobileNetV2Config(depth_multiplier=0.5, classifier_dropout_prob=0.0)
-RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1])
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+RESNET = ResNetConfig(
+    embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], out_features=STAGES
+)
 SEGFORMER = SegformerConfig(
     hidden_sizes=[8, 16, 24, 32],
     decoder_hidden_size=32,
@@ -154,3 +160,24 @@ def test_a_converted_model_on_four_replicas_is_the_whole_batch(library, name, ta
         *(f"{d:.0e}" for d in distances),
         apart,
     )
+
+
+def test_a_frozen_layer_stays_as_it_is_with_a_warning():
+    model = nn.Sequential(DetrFrozenBatchNorm2d(8))
+    held = contents(model)
+
+    with pytest.warns(UserWarning, match="'0': DetrFrozenBatchNorm2d keeps running statistics"):
+        convert_model(model)
+
+    assert contents(model) == held
+
+
+def test_layers_in_a_plain_list_are_not_replicated():
+    config = UperNetConfig(
+        backbone_config=RESNET, hidden_size=16, auxiliary_channels=8, auxiliary_in_channels=24
+    )
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    model = convert_model(build(lambda: UperNetForSemanticSegmentation(config), x))
+
+    with pytest.raises(ValueError, match=r"got input size torch\.Size\(\[1, 16, 1, 1\]\)"):
+        DataParallelWithCallback(model, ["cpu"] * 4)(x)

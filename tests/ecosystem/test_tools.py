@@ -181,7 +181,7 @@ def test_symbolic_tracing_works_before_the_conversion(row, original, converted, 
     assert sum(isinstance(layer, SynchronizedBatchNorm2d) for layer in model.modules()) == 5
     expected = copy.deepcopy(original)(x)
     torch.testing.assert_close(on_replicas(model)(x), expected, **EXACT)
-    row("`torch.fx.symbolic_trace`", "looks into layers other than torch's: trace first, then `convert_model`")
+    row("`torch.fx.symbolic_trace`", "looks into all but torch's layers: trace first, then `convert_model`")
 
 
 class Classifier(pytorch_lightning.LightningModule):
