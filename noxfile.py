@@ -177,7 +177,8 @@ def ecosystem(session: nox.Session) -> None:
     """Test models and tools of other libraries, and renew the tables in docs/ecosystem.md."""
     session.install(*TEST_TOOLS, "numpy", "torch", "-r", "tests/ecosystem/requirements.txt", *PINNED)
     install_only(session, LAYERS)
-    tables = () if session.posargs else ("--tables", "docs/ecosystem.md")  # some of the tests, some of the rows
+    # A selection of the tests would leave a selection of the rows.
+    tables = () if session.posargs else ("--tables", "docs/ecosystem.md")
     session.run("python", "-m", "pytest", "-s", *tables, "tests/ecosystem", *session.posargs)
 
 
