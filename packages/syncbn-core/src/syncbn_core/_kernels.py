@@ -25,6 +25,8 @@ from ._statistics import compute_dtype, merge_dtype, samples_per_channel, sum_ov
 # of m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
 _SHIFT_ABOVE = 10.0
 
+_DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+
 _cpu_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
@@ -120,7 +122,14 @@ def _cpu_gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Ten
     _, sum_dy_xmu, sum_dy = _cpu_backward(
         dy, x, None, mean, ones, None, None, False, 0.0, [False, True, True]
     )
+    if dy.dtype != mean.dtype and not _are_dense_alike(dy, x):
+        # Of halves in other layouts this kernel rounds the sum to a half.
+        sum_dy = sum_over_batch(dy.to(mean.dtype))
     return sum_dy, sum_dy_xmu
+
+
+def _are_dense_alike(dy: Tensor, x: Tensor) -> bool:
+    return dy.stride() == x.stride() and any(x.is_contiguous(memory_format=layout) for layout in _DENSE)
 
 
 def input_gradient(dy: Tensor | None, x: Tensor, local_mean: Tensor, coefficients: Tensor) -> Tensor:
