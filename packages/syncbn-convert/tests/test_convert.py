@@ -128,7 +128,7 @@ def test_a_converted_layer_knows_its_name_in_the_model():
 
     convert_model(model)
 
-    with pytest.raises(ValueError, match=r"at 0\.0, got"):
+    with pytest.raises(ValueError, match=r"at '0\.0', got"):
         model(torch.zeros(1, 4, 2, 2))
 
 

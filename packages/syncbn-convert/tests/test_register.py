@@ -103,7 +103,7 @@ def test_a_replacement_gets_the_mode_the_options_and_its_names_in_the_model(cond
     assert not converted.training
     assert not converted.norm.training
     assert (converted.norm.eps_mode, converted.norm.fused) == ("clamp", False)
-    with pytest.raises(ValueError, match=r"at 0\.norm, got"):
+    with pytest.raises(ValueError, match=r"at '0\.norm', got"):
         converted.norm(torch.zeros(1, 4, 2, 2))
 
 
