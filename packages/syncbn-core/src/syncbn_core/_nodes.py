@@ -141,10 +141,11 @@ class _Merge(Function):
         used = [part.to(ctx.devices[0], non_blocking=True) for part in sums if part is not None]
         if ctx.chain is not None:
             ctx.chain.over = True
-        if not used:  # reached by the chain alone
+        if not used and ctx.processes is None:
             return (None,) * (7 + len(sums))
         with torch.no_grad():
-            total = torch.stack(used).sum(0)  # (2, C)
+            # Reached by the chain alone, it has nothing to add, but other processes may.
+            total = torch.stack(used).sum(0) if used else ctx.mean.new_zeros(2, len(ctx.mean))  # (2, C)
             if ctx.processes is not None:
                 total = ctx.processes.sum(total)
             sum_dy, sum_dy_xmu = total.unbind()

@@ -8,7 +8,8 @@ autograd has to run them in exact reverse.
 A chain makes all of its nodes reachable from the last one. So it must not join what is differentiated apart:
 a generator, and a discriminator that looks at its detached images. Two Merge nodes are in one chain if
 
-- they belong to one forward of replicated modules, which has a group; or
+- they belong to one forward of replicated modules, which has a group (so one backward has to differentiate
+  all of that forward, or the first retain the graph); or
 - the input of the later one depends on a node of the chain. Whoever differentiates that input then reaches
   the chain's graph in any case.
 

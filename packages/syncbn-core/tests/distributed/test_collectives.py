@@ -70,6 +70,37 @@ def test_a_process_whose_input_needs_no_gradient_takes_part_in_the_backward(fuse
     processes(2).run(train_with_one_gradient, fused, affine)
 
 
+def ignore_a_branch_in_one_process(world):
+    def build(norm):
+        torch.manual_seed(0)
+        return nn.ModuleList([norm(3), norm(3), norm(3)]).double()
+
+    def forward(net, x):
+        stem, branch, head = net
+        h = stem(x)
+        return branch(h), head(h)  # the branch comes between the other two
+
+    whole, weights = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    layers, twin = build(SynchronizedBatchNorm2d), build(nn.BatchNorm2d)
+    ours = world.share(whole).clone().requires_grad_()
+    from_branch, from_head = forward(layers, ours)
+    loss = (from_head * world.share(weights)).sum()
+    if world.rank == 1:
+        loss = loss + (from_branch * world.share(weights)).pow(3).sum()
+    loss.backward()
+
+    whole.requires_grad_()
+    from_branch, from_head = forward(twin, whole)
+    of_second_process = slice(2, 4)
+    loss = (from_head * weights).sum() + (from_branch * weights)[of_second_process].pow(3).sum()
+    loss.backward()
+    torch.testing.assert_close(ours.grad, world.share(whole.grad), **EXACT)
+
+
+def test_a_layer_that_the_loss_of_one_process_ignores_takes_part_in_the_backward(processes):
+    processes(2).run(ignore_a_branch_in_one_process)
+
+
 class Checkpointed(nn.Sequential):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)

@@ -24,6 +24,9 @@ _Tensors = dict[int, Tensor]
 
 _STOCK_COPY = nn.Module._replicate_for_data_parallel
 
+# What a module's forward looks at to run its hooks.
+_HOOKS = tuple(key for key in nn.Module().__dict__ if "forward" in key and "hooks" in key)
+
 
 def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_M]:
     """Make one replica of ``module`` per entry of ``devices``; a device may occur several times.
@@ -37,6 +40,8 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
       copies of its own, differentiable where the buffer requires grad.
     - Sub-modules: a replica of each, made by its ``_replicate_for_data_parallel()``. What is shared inside
       the module (a module under two names, tied weights) is shared inside a replica.
+    - Its forward hooks, and those that its forward adds; these end with the replica.
+    - A list or tuple of sub-modules that is a plain attribute: the same of their replicas.
     - Everything else by reference. Compiled code belongs to the module it was compiled for: a replica of a
       compiled module runs uncompiled.
 
@@ -125,7 +130,7 @@ def _assemble(modules: list[nn.Module], parameters: _Tensors, buffers: _Tensors)
         state["_modules"] = {k: None if m is None else copies[id(m)] for k, m in module._modules.items()}
         state["_parameters"] = _stand_ins(module._parameters, parameters)
         state["_buffers"] = _stand_ins(module._buffers, buffers)
-        _turn_to_copy(module, copy)
+        _turn_to_copy(module, copy, copies)
     return copies[id(modules[0])]
 
 
@@ -147,9 +152,14 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy
 
 
-def _turn_to_copy(module: nn.Module, copy: nn.Module) -> None:
+def _turn_to_copy(module: nn.Module, copy: nn.Module, copies: dict[int, nn.Module]) -> None:
     """Turn to ``copy`` what it has taken over from ``module`` and would still work on ``module``."""
     state = copy.__dict__
+    for key in _HOOKS:
+        state[key] = state[key].copy()
+    for key, value in state.items():
+        if type(value) in (list, tuple) and value and isinstance(value[0], nn.Module):
+            state[key] = type(value)(copies.get(id(m), m) for m in value)
     if "_flat_weights_names" in state:  # an RNN hands this list to its kernels
         state["_flat_weights"] = [getattr(copy, name, None) for name in state["_flat_weights_names"]]
     forward = state.get("forward")
