@@ -90,7 +90,7 @@ def test_what_is_kept_for_backward_is_x_itself_and_vectors(memory_format, replic
 def test_the_nodes_hold_nothing_else_of_the_size_of_x(run_replicas):
     def big_tensors():
         gc.collect()
-        everything = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        everything = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
         return {tensor.data_ptr() for tensor in everything if tensor.numel() >= 4 * C * 8 * 8}
 
     inputs = [torch.randn(4, C, 8, 8, requires_grad=True) for _ in range(2)]
