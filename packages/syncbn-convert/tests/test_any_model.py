@@ -83,10 +83,11 @@ HOOKS: list[Callable[[nn.Module], object]] = [
     lambda m: m.register_full_backward_pre_hook(_noting("backward pre, first"), prepend=True),
     lambda m: m.register_full_backward_hook(_noting("backward")),
     lambda m: m.register_state_dict_pre_hook(_noting("state pre")),
-    lambda m: m.register_state_dict_post_hook(_noting("state post")),
-    lambda m: m.register_load_state_dict_pre_hook(_noting("load pre")),
     lambda m: m.register_load_state_dict_post_hook(_noting("load post")),
 ]
+if hasattr(nn.Module, "register_state_dict_post_hook"):  # torch 2.5 and later
+    HOOKS.append(lambda m: m.register_state_dict_post_hook(_noting("state post")))
+    HOOKS.append(lambda m: m.register_load_state_dict_pre_hook(_noting("load pre")))
 
 
 @st.composite
