@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncbn_comm import BrokenSyncError
 
-from ._statistics import merge_statistics
+from ._statistics import merge_stacked
 
 CHECK_VARIABLE = "SYNCBN_CHECK"
 
@@ -54,14 +54,14 @@ class Processes:
 
     def merge(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Merge the statistics of all processes, ``(C,)`` each. Waits for all of them, as `gather` does."""
-        return merge_statistics(_unpacked(self.gather(_packed(mean, m2, count))))
+        return merge_stacked(*_unpacked(self.gather(_packed(mean, m2, count))))
 
     def merge_with_gradient(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same with derivatives of any order."""
         anchor = torch.empty(0, requires_grad=True)
         packed = _packed(mean, m2, count)
         everybody: Tensor = _Gather.apply(packed, self, anchor)  # type: ignore[no-untyped-call]
-        return merge_statistics(_unpacked(everybody))
+        return merge_stacked(*_unpacked(everybody))
 
     def gather(self, values: Tensor) -> Tensor:
         """The ``values`` of every process, ``(n,)`` each, as ``(P, n)`` in rank order."""
@@ -134,10 +134,10 @@ def _packed(mean: Tensor, m2: Tensor, count: Tensor) -> Tensor:
     return torch.cat([mean, m2, count[:1]])
 
 
-def _unpacked(rows: Tensor) -> list[Tensor]:
-    """``(P, 2C + 1)`` -> ``(3, C)`` of every process."""
+def _unpacked(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(P, 2C + 1)`` -> the means and m2s of every process, ``(P, C)``, and its count, ``(P, 1)``."""
     n = rows.shape[1] // 2
-    return [torch.stack([row[:n], row[n:-1], row[-1].expand(n)]) for row in rows.unbind()]
+    return rows[:, :n], rows[:, n:-1], rows[:, -1:]
 
 
 class _Gather(torch.autograd.Function):

@@ -110,12 +110,19 @@ def merge_statistics(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         >>> torch.allclose(m2 / count, torch.cat([a, b]).double().var(0, correction=0))
         True
     """
-    means, m2s, counts = torch.stack(list(parts), 1).unbind()  # (R, C) each
+    if len(parts) == 1:
+        mean, m2, count = parts[0].unbind()
+        return mean, m2, count
+    return merge_stacked(*torch.stack(list(parts), 1).unbind())
+
+
+def merge_stacked(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`merge_statistics` of ``(R, C)`` means and m2s, and ``(R, C)`` or ``(R, 1)`` counts."""
     count = counts.sum(0)
     # An empty union has the mean 0 rather than 0 / 0.
     mean = (counts * means).sum(0) / count.clamp(min=1)
     m2 = torch.addcmul(m2s, counts, (means - mean) ** 2).sum(0)
-    return mean, m2, count
+    return mean, m2, count.expand_as(mean)
 
 
 def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
