@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from side_by_side import Target, microseconds, table, timed
+from report import Target, microseconds, table
+from side_by_side import timed
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 

@@ -24,20 +24,8 @@ import gpu
 import torch
 from memory import RETURNS_AT_ONCE, kept_bytes, peak_growth
 from plain_ops import PlainOpsBatchNorm2d
-from side_by_side import (
-    Row,
-    Target,
-    hand_over,
-    in_child,
-    measure,
-    options_of,
-    save,
-    table,
-    target_table,
-    timed,
-    timing_table,
-    under_each_allocator,
-)
+from report import Target, save, table, target_table, timing_table
+from side_by_side import Row, hand_over, in_child, measure, options_of, timed, under_each_allocator
 from torch import Tensor, nn
 
 from syncbn_core import SynchronizedBatchNorm2d

@@ -21,19 +21,15 @@ import torch
 import torch.nn.functional as F
 from clocks import Clocks
 from nets import UNet, chain, residual_net
+from report import Target, save, table, target_table, timing_table
 from side_by_side import (
     ALLOCATORS,
     Row,
-    Target,
     hand_over,
     in_child,
     measure,
     options_of,
-    save,
-    table,
-    target_table,
     timed,
-    timing_table,
     under_each_allocator,
     wait_for,
 )

@@ -14,18 +14,8 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from side_by_side import (
-    Row,
-    Target,
-    hand_over,
-    measure,
-    options_of,
-    save,
-    target_table,
-    timed,
-    timing_table,
-    under_each_allocator,
-)
+from report import Target, save, target_table, timing_table
+from side_by_side import Row, hand_over, measure, options_of, timed, under_each_allocator
 from torch import Tensor, nn
 
 from syncbn_convert import convert_model

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing variants side by side, judging ratios, writing tables and charts.
+"""Timing variants side by side, which all benchmarks do.
 
 A program measures in child processes of itself, because glibc reads the settings of its allocator when a
 process starts. See the README beside this file for what blocks, turns and a pinned allocator are.
@@ -9,22 +9,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 ORDERS = ("blocks", "turns")
@@ -57,15 +54,6 @@ class Row:
     allocator: str = ""
 
 
-@dataclass
-class Target:
-    """A ratio of medians that is to be kept, as the worst of one or several."""
-
-    what: str
-    limit: float
-    ratios: list[tuple[tuple[str, str], tuple[str, str]]]  # of a (case, variant) to another
-
-
 def options_of(description: str | None) -> argparse.Namespace:
     """Read the command line that all programs have."""
     parser = argparse.ArgumentParser(description=description)
@@ -74,6 +62,7 @@ def options_of(description: str | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two steps of the smallest case: does it run?")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder for the table and the chart")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what a child process measures
+    parser.set_defaults(started=(time.monotonic(), seconds_of_others()))
     return parser.parse_args()
 
 
@@ -151,93 +140,12 @@ def under_each_allocator(part: str = "timings") -> list[Row]:
     ]
 
 
-def target_table(targets: Iterable[Target], rows: Sequence[Row]) -> str:
-    """Compare each target with its ratio under every condition; the first condition counts."""
-    medians = {(row.allocator, row.order, row.case, row.variant): row.median for row in rows}
-    measured = {(row.case, row.variant) for row in rows}
-    conditions = list(product(ALLOCATORS, ORDERS))
-    lines = []
-    for target in targets:
-        if not measured.issuperset(chain.from_iterable(target.ratios)):  # with --quick
-            continue
-        worst = [
-            max(medians[*condition, *above] / medians[*condition, *below] for above, below in target.ratios)
-            for condition in conditions
-        ]
-        verdict = "yes" if worst[0] <= target.limit else "**no**"
-        lines.append([target.what, f"{target.limit:.2f}", *(f"{ratio:.2f}" for ratio in worst), verdict])
-    return table(["target", "at most", *(", ".join(c) for c in conditions), "reached"], lines)
-
-
-def timing_table(rows: Sequence[Row]) -> str:
-    """All medians, their quartiles, their ratios to the case's first variant, and page faults."""
-    header = ["case", "variant", "allocator", "order", "median µs", "quartiles", "ratio", "faults per step"]
-    lines = []
-    for row in rows:
-        low, high = row.quartiles
-        spread = f"{microseconds(low)} to {microseconds(high)}"
-        ratio = f"{row.median / baseline_of(row, rows).median:.2f}"
-        faults = f"{row.faults:.0f}"
-        shown = (row.case, row.variant, row.allocator, row.order, microseconds(row.median))
-        lines.append([*shown, spread, ratio, faults])
-    return table(header, lines)
-
-
-def baseline_of(row: Row, rows: Sequence[Row]) -> Row:
-    """The first variant of the same case, under the same conditions."""
-    same = (row.case, row.allocator, row.order)
-    return next(other for other in rows if (other.case, other.allocator, other.order) == same)
-
-
-def microseconds(seconds: float) -> str:
-    """Show a time by three digits or more."""
-    return f"{1e6 * seconds:,.{0 if seconds >= 1e-4 else 1}f}"
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def save(name: str, options: argparse.Namespace, sections: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """Print the sections, and keep them and a chart of the ratios in the folder for results."""
-    name += "-cuda" if options.device == "cuda" else ""
-    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "CPU"
-    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
-    quick = " Two steps each: these numbers mean nothing." if options.quick else ""
-    text = (
-        f"# {name}\n\n{date.today()}: {device} ({platform.machine()}), {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"OMP_WAIT_POLICY {policy}, {options.seconds} s per variant and condition.{quick}\n"
-    )
-    text += "".join(f"\n## {title}\n\n{section}\n" for title, section in sections.items())
-    print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{name}.md").write_text(text)
-    _chart([row for row in rows if (row.allocator, row.order) == ("pinned", "blocks")]).savefig(
-        options.output / f"{name}.png", dpi=120
-    )
-
-
-def _chart(rows: Sequence[Row]) -> Figure:
-    """Draw each variant's time as a multiple of the first variant's, with its quartiles, by case."""
-    cases = list(dict.fromkeys(row.case for row in rows))
-    variants = list(dict.fromkeys(row.variant for row in rows))
-    figure = Figure(figsize=(9, 1.2 + 0.16 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    height = 0.8 / len(variants)
-    for i, variant in enumerate(variants):
-        own = [row for row in rows if row.variant == variant]
-        unit = [baseline_of(row, rows).median for row in own]
-        ratio = [row.median / one for row, one in zip(own, unit)]
-        low = [(row.median - row.quartiles[0]) / one for row, one in zip(own, unit)]
-        high = [(row.quartiles[1] - row.median) / one for row, one in zip(own, unit)]
-        places = [cases.index(row.case) + i * height - 0.4 for row in own]
-        axes.barh(places, ratio, height, xerr=[low, high], label=variant, error_kw={"lw": 0.8})
-    axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="median time / median time of the first variant (pinned allocator, blocks)")
-    axes.axvline(1, color="black", lw=0.8)
-    axes.legend(fontsize=8)
-    return figure
+def seconds_of_others() -> float:
+    """How long the processors have worked for other processes since they were started; Linux tells."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return math.nan
+    user, nice, system, _, _, *rest = map(int, stat.read_text().split()[1:9])  # without idle, waiting
+    own = os.times()
+    busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    return busy - own.user - own.system - own.children_user - own.children_system
