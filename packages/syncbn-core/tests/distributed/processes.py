@@ -230,6 +230,7 @@ def main() -> None:
     seconds, folder = float(sys.argv[4]), Path(sys.argv[5])
     faulthandler.enable()
     warnings.simplefilter("error")
+    warnings.filterwarnings("default", category=FutureWarning, module=r"torch\.")  # torch 2.4, of itself
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
