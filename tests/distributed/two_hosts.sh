@@ -44,8 +44,8 @@ done
 
 for node in 0 1; do
     OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=veth0 timeout "$seconds" ip netns exec "${hosts[$node]}" \
-        "$python" -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --local-addr "${addresses[$node]}" \
-        --rdzv-backend c10d --rdzv-endpoint "${addresses[0]}:29400" --rdzv-conf "is_host=$((1 - node))" \
+        "$python" -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank "$node" \
+        --master-addr "${addresses[0]}" --master-port 29400 \
         examples/digits_ddp.py --epochs 1 &
     runs[node]=$!
 done
