@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from threading import BrokenBarrierError
 
@@ -41,6 +42,13 @@ def test_the_errors_are_one_family_and_standard_types():
         assert issubclass(kind, syncbn_comm.SyncError)
         assert issubclass(kind, BrokenBarrierError)
     assert issubclass(syncbn_comm.SyncTimeoutError, TimeoutError)
+
+
+def test_a_traceback_names_an_error_as_users_import_it():
+    for name in PUBLIC:
+        kind = getattr(syncbn_comm, name)
+        if issubclass(kind, BaseException):
+            assert traceback.format_exception_only(kind("why")) == [f"syncbn_comm.{name}: why\n"]
 
 
 def test_importing_is_silent_and_brings_in_the_standard_library_alone():
