@@ -210,7 +210,7 @@ def minimums(session: nox.Session) -> None:
     """Test all packages on the lowest versions that they support."""
     # The wheels of this torch import only beside the CUDA libraries they were built for: 5 GB.
     lowest = ("torch==2.4.0", "numpy==1.26.4")
-    session.install(*TEST_TOOLS, *lowest)
+    session.install(*TEST_TOOLS, *DEMO_TOOLS, *lowest)
     session.env["PYTEST_ADDOPTS"] = "-W default::FutureWarning"  # it warns of itself
     run_together(session, lowest)
 
