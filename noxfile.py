@@ -184,9 +184,10 @@ def ecosystem(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the style of every Python file."""
+    """Check the style and the format of every Python file."""
     session.install("ruff", *PINNED)
     session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
 
 
 @nox.session
