@@ -8,8 +8,9 @@ the module that was replicated, wherever its replicas are.
 from __future__ import annotations
 
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ _STOCK_COPY = nn.Module._replicate_for_data_parallel
 
 # What a module's forward looks at to run its hooks.
 _HOOKS = tuple(key for key in nn.Module().__dict__ if "forward" in key and "hooks" in key)
+
+# What `_turn_to_copy` is there for, besides lists of modules.
+_SEQUENCES = frozenset({list, tuple})
+_TURNED = frozenset({"_flat_weights_names", "forward", "_compiled_call_impl"})
 
 
 def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_M]:
@@ -76,13 +81,14 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
         modules.append(submodule)
     parameters = _by_device((p for m in modules for p in m._parameters.values()), targets)
     buffers = _by_device((b for m in modules for b in m._buffers.values()), targets)
+    originals = list(map(_Original, modules))
     replicas = []
     for rank, device in enumerate(targets):
         own_buffers = buffers[device]
         if rank > 0:
             used = device in targets[:rank]
             own_buffers = {key: b.clone() if used or id(b) == key else b for key, b in own_buffers.items()}
-        replicas.append(cast(_M, _assemble(modules, parameters[device], own_buffers)))
+        replicas.append(cast(_M, _assemble(originals, parameters[device], own_buffers)))
     return replicas
 
 
@@ -120,45 +126,67 @@ def _by_device(tensors: Iterable[Tensor | None], devices: list[torch.device]) ->
     return found
 
 
-def _assemble(modules: list[nn.Module], parameters: _Tensors, buffers: _Tensors) -> nn.Module:
-    """Build one replica of ``modules[0]`` from a copy of each module and the tensors that it is to hold."""
-    copies = {id(module): _copy(module) for module in modules}
-    for module in modules:
+def _assemble(modules: list[_Original], parameters: _Tensors, buffers: _Tensors) -> nn.Module:
+    """Build one replica of the first module from a copy of each and the tensors that it is to hold."""
+    copies = {id(original.module): original.copy() for original in modules}
+    for original in modules:
+        module = original.module
         copy = copies[id(module)]
         # Past nn.Module.__setattr__, which is slow and refuses a tensor that is no leaf as a parameter.
         state = copy.__dict__
         state["_modules"] = {k: None if m is None else copies[id(m)] for k, m in module._modules.items()}
         state["_parameters"] = _stand_ins(module._parameters, parameters)
         state["_buffers"] = _stand_ins(module._buffers, buffers)
-        _turn_to_copy(module, copy, copies)
-    return copies[id(modules[0])]
+        if original.needs_turning:
+            _turn_to_copy(module, copy, copies)
+    return copies[id(modules[0].module)]
 
 
 def _stand_ins(originals: Mapping[str, Tensor | None], tensors: _Tensors) -> dict[str, Tensor | None]:
     return {key: None if t is None else tensors[id(t)] for key, t in originals.items()}
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """Return ``module._replicate_for_data_parallel()``.
+class _Original:
+    """A module that is copied once for each replica, and what is found out about it once for all of them."""
 
-    nn.Module's own is repeated here: the attributes that it sets one by one are replaced anyway, and setting
-    them takes most of the time of a replication.
-    """
-    kind = type(module)
-    if kind._replicate_for_data_parallel is not _STOCK_COPY:
-        return cast(nn.Module, module._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
-    copy: nn.Module = kind.__new__(kind)
-    copy.__dict__.update(module.__dict__, _is_replica=True)
-    return copy
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._kind = type(module)
+        self._by_itself = self._kind._replicate_for_data_parallel is not _STOCK_COPY
+        state = module.__dict__
+        # What a module makes of itself has to be looked at in the copy.
+        self.needs_turning = self._by_itself or not _TURNED.isdisjoint(state) or _has_lists_of_modules(state)
+
+    def copy(self) -> nn.Module:
+        """Return ``module._replicate_for_data_parallel()``, with hooks of its own.
+
+        nn.Module's own is repeated here: the attributes that it sets one by one are replaced anyway, and
+        setting them takes most of the time of a replication.
+        """
+        if self._by_itself:
+            copy = cast(nn.Module, self.module._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+        else:
+            copy = self._kind.__new__(self._kind)
+            object.__setattr__(copy, "__dict__", {**self.module.__dict__, "_is_replica": True})
+        state = copy.__dict__
+        for key in _HOOKS:
+            hooks = state[key]
+            state[key] = hooks.copy() if hooks else OrderedDict()
+        return copy
+
+
+def _has_lists_of_modules(state: Mapping[str, Any]) -> bool:
+    values = state.values()
+    if _SEQUENCES.isdisjoint(map(type, values)):
+        return False
+    return any(type(v) in _SEQUENCES and v and isinstance(v[0], nn.Module) for v in values)
 
 
 def _turn_to_copy(module: nn.Module, copy: nn.Module, copies: dict[int, nn.Module]) -> None:
     """Turn to ``copy`` what it has taken over from ``module`` and would still work on ``module``."""
     state = copy.__dict__
-    for key in _HOOKS:
-        state[key] = state[key].copy()
     for key, value in state.items():
-        if type(value) in (list, tuple) and value and isinstance(value[0], nn.Module):
+        if type(value) in _SEQUENCES and value and isinstance(value[0], nn.Module):
             state[key] = type(value)(copies.get(id(m), m) for m in value)
     if "_flat_weights_names" in state:  # an RNN hands this list to its kernels
         state["_flat_weights"] = [getattr(copy, name, None) for name in state["_flat_weights_names"]]

@@ -23,12 +23,12 @@ _SLICE = 0.5  # seconds
 class Job:
     """A call on a worker thread. When it has ended it has a ``result``, or the ``error`` that it raised."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], among: _Unfinished) -> None:
         self._call = call
         self.result: Any = None
         self.error: BaseException | None = None
         self.started = False
-        self.ended = threading.Event()  # and the worker has let go of this job
+        self.among = among
 
     def run(self, start_number: int) -> None:
         """Make the call; its autograd nodes are numbered from ``start_number``."""
@@ -43,11 +43,28 @@ class Job:
         error, self.error = self.error, None
         return error
 
+
+class _Unfinished:
+    """How many of some calls have not ended, to wait for the last of them."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._lock = threading.Lock()
+        self._none = threading.Lock()  # held while there is one
+        self._none.acquire()
+
+    def end(self) -> None:
+        """Count one call as ended."""
+        with self._lock:
+            self._number -= 1
+            if self._number == 0:
+                self._none.release()
+
     def wait(self) -> None:
-        """Wait until the worker has let go of this job."""
+        """Wait until all have ended: once, not for one after the other."""
         # In slices: a signal that arrives on the way into a wait does not end it.
-        while not self.ended.wait(_SLICE):
-            pass
+        while self._number:
+            self._none.acquire(True, _SLICE)
 
 
 def run_all(
@@ -65,7 +82,8 @@ def run_all(
     Returns:
         The jobs, in the order of ``calls``. What a call has raised is in its job.
     """
-    jobs = [Job(call) for call in calls]
+    unfinished = _Unfinished(len(calls))
+    jobs = [Job(call, unfinished) for call in calls]
     workers = _pool.borrow(len(jobs), share)
     try:
         start = 0
@@ -74,15 +92,14 @@ def run_all(
             raise_sequence_number(start)
         for worker, job in zip(workers, jobs):
             worker.start(job, start)
-        for job in jobs:
-            job.wait()
+        unfinished.wait()
     except BaseException as interrupt:
         on_interrupt(interrupt)
         for worker, job in zip(workers, jobs):
-            if job.started:
-                job.wait()
-            else:
+            if not job.started:
                 _pool.give_back(worker)
+                unfinished.end()
+        unfinished.wait()
         raise
     return jobs
 
@@ -112,10 +129,11 @@ class _Worker:
             del self._job
             job.run(self._start_number)
             self.sequence_number = sequence_number()
-            ended = job.ended
+            unfinished = job.among
             del job  # a thread that waits for the next forward keeps nothing of the last one alive
             _pool.give_back(self)
-            ended.set()
+            unfinished.end()
+            del unfinished
 
 
 class _Pool:
