@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn_comm import ReplicaGroup
+from syncbn_core import _together
 
 JOIN_SECONDS = 60.0
 
@@ -140,6 +141,19 @@ def assert_equals_whole_batch(
 @pytest.fixture(autouse=True)
 def _same_random_numbers_for_every_test() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["together", "apart"])
+def together_or_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let small batches be normalised as one, and then by each replica itself, as large ones are.
+
+    The batches of tests are all small. A module opts in by ``pytest.mark.usefixtures``; a test for which
+    there is but one of the two takes that by an indirect parametrization.
+    """
+    if request.param == "apart":
+        monkeypatch.setattr(_together, "UP_TO", -1)
+    way: str = request.param
+    return way
 
 
 # Modules of tests cannot import this one, but they can ask for what is in it.

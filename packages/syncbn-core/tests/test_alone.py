@@ -12,6 +12,8 @@ from syncbn_core import (
     SynchronizedBatchNorm3d,
 )
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 EXACTLY = {"rtol": 0, "atol": 0}
 KINDS = pytest.mark.parametrize(
     ("kind", "shape"),

@@ -7,6 +7,8 @@ from torch.autograd import forward_ad
 
 from syncbn_core import SynchronizedBatchNorm2d
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 SIZES = [2, 1, 3]
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -70,9 +72,15 @@ def test_a_gradient_penalty_through_the_composite_path_is_that_of_the_whole_batc
     torch.testing.assert_close(layer.weight.grad, twin.weight.grad, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("wanted", ["inputs", "weight", "all"])
-def test_a_second_derivative_through_the_fused_path_names_the_way_out(wanted, layer_of, chunks, loss_of):
-    layer = layer_of()
+@pytest.mark.parametrize(
+    ("wanted", "options"),
+    [("inputs", {}), ("weight", {}), ("all", {}), ("inputs", {"affine": False})],
+    ids=["inputs", "weight", "all", "inputs of a layer without weight"],
+)
+def test_a_second_derivative_through_the_fused_path_names_the_way_out(
+    wanted, options, layer_of, chunks, loss_of
+):
+    layer = layer_of(**options)
     sources = {"inputs": chunks, "weight": [layer.weight], "all": [*chunks, *layer.parameters()]}[wanted]
     gradients = torch.autograd.grad(loss_of(layer, chunks), sources, create_graph=True)
     with pytest.raises(RuntimeError, match=r"through net, .*fused=False"):
@@ -161,12 +169,30 @@ def test_a_gradient_that_is_one_number_expanded_is_taken_as_it_is(
     torch.testing.assert_close(torch.cat([chunk.grad for chunk in chunks]), batch.grad, **TIGHT)
 
 
+@pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
 def test_an_input_changed_in_place_before_backward_is_torchs_own_error(layer_of, chunks, run_replicas):
     inputs = [chunk * 1 for chunk in chunks]
     outputs = run_replicas(layer_of(), inputs)
     inputs[1].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         sum(y.sum() for y in outputs).backward()
+
+
+@pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)
+def test_an_input_that_was_copied_may_be_changed_in_place_before_backward(
+    layer_of, chunks, stock_twin, run_replicas, weighted_sum
+):
+    layer = layer_of()
+    twin = stock_twin(layer, 4)
+    batch = torch.cat(chunks).detach().requires_grad_()
+    weighted_sum(twin(batch)).backward()
+    inputs = [chunk * 1 for chunk in chunks]
+    outputs = run_replicas(layer, inputs)
+    inputs[1].add_(1)
+    weighted_sum(torch.cat(outputs)).backward()
+    torch.testing.assert_close(torch.cat([chunk.grad for chunk in chunks]), batch.grad, **TIGHT)
+    for ours, theirs in zip(layer.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, **TIGHT)
 
 
 @FUSED

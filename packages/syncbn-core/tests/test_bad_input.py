@@ -15,6 +15,8 @@ from syncbn_core import (
     set_sbn_eps_mode,
 )
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 WRONG_DIMS = [
     (

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn_core import SynchronizedBatchNorm1d
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 

@@ -10,6 +10,8 @@ from syncbn_core import (
     SynchronizedBatchNorm3d,
 )
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 SPLITS = [
     *([3],),

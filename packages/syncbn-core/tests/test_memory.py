@@ -1,12 +1,15 @@
-"""What a forward keeps: x by reference, and vectors; and nothing for longer than its graph lives."""
+"""What a forward keeps: x itself or one copy, and vectors; and nothing for longer than its graph lives."""
 
 import gc
 import weakref
 
 import pytest
 import torch
+from torch import nn
 
-from syncbn_core import SynchronizedBatchNorm2d
+from syncbn_core import SynchronizedBatchNorm2d, _kernels
+
+pytestmark = pytest.mark.usefixtures("together_or_apart")
 
 C = 3
 
@@ -64,7 +67,7 @@ def test_a_graph_dies_when_a_second_derivative_was_possible(run_replicas, no_gar
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_what_is_kept_for_backward_is_x_itself_and_vectors(memory_format, replicas_of):
+def test_what_saved_tensor_hooks_see_is_x_itself_and_vectors(memory_format, replicas_of):
     layer = SynchronizedBatchNorm2d(C)
     inputs = [
         torch.randn(4, C, 8, 8).contiguous(memory_format=memory_format).requires_grad_() for _ in range(2)
@@ -81,19 +84,40 @@ def test_what_is_kept_for_backward_is_x_itself_and_vectors(memory_format, replic
 
     outputs = replicas_of(layer, 2).run(forward)
     for rank, x in enumerate(inputs):
-        big = [tensor for tensor in kept[rank] if tensor.numel() > 3 * C]
+        big = [tensor for tensor in kept[rank] if tensor.numel() > _kernels._ROWS * C]
         assert big
         assert all(tensor.data_ptr() == x.data_ptr() for tensor in big)
     del outputs
 
 
-def test_the_nodes_hold_nothing_else_of_the_size_of_x(run_replicas):
-    def big_tensors():
-        gc.collect()
-        everything = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
-        return {tensor.data_ptr() for tensor in everything if tensor.numel() >= 4 * C * 8 * 8}
+def storages_of_the_size_of(x):
+    """Address and size of all memory of this size or more that any tensor refers to."""
+    gc.collect()
+    everything = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in everything]
+    return {(s.data_ptr(), s.nbytes()) for s in storages if s.nbytes() >= x.untyped_storage().nbytes()}
 
+
+@pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
+def test_apart_the_nodes_hold_nothing_else_of_the_size_of_x(run_replicas):
     inputs = [torch.randn(4, C, 8, 8, requires_grad=True) for _ in range(2)]
-    before = big_tensors()
+    before = storages_of_the_size_of(inputs[0])
     outputs = run_replicas(SynchronizedBatchNorm2d(C), inputs)
-    assert big_tensors() - before == {y.data_ptr() for y in outputs}
+    made = {y.untyped_storage().data_ptr() for y in outputs}
+    assert len(made) == 2
+    assert {address for address, _ in storages_of_the_size_of(inputs[0]) - before} == made
+
+
+@pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)
+def test_together_one_copy_of_the_batch_is_held_and_nothing_else_of_the_size_of_x(run_replicas):
+    inputs = [torch.randn(4, C, 8, 8, requires_grad=True) for _ in range(2)]
+    whole = 2 * inputs[0].untyped_storage().nbytes()
+    before = storages_of_the_size_of(inputs[0])
+    outputs = run_replicas(SynchronizedBatchNorm2d(C), inputs)
+    made = storages_of_the_size_of(inputs[0]) - before
+    assert [size for _, size in made] == [whole, whole]  # of all outputs, and of the copy
+    assert {y.untyped_storage().data_ptr() for y in outputs} < {address for address, _ in made}
+    sum(y.pow(3).sum() for y in outputs).backward()
+    gradients = {x.grad.untyped_storage().data_ptr() for x in inputs}
+    del outputs
+    assert {address for address, _ in storages_of_the_size_of(inputs[0]) - before} == gradients

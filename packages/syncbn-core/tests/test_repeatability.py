@@ -9,6 +9,8 @@ from torch import nn
 
 from syncbn_core import SynchronizedBatchNorm1d
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 WORLD_SIZE = 3
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 

@@ -16,6 +16,8 @@ from syncbn_core import (
     SynchronizedBatchNorm3d,
 )
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 EXACTLY = {"rtol": 0, "atol": 0}
 
 

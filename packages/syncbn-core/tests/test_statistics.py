@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from syncbn_core import _kernels, _statistics
 from syncbn_core._statistics import (
     local_statistics,
+    merge_stacked,
     merge_statistics,
     normalize,
     sum_over_batch,
@@ -20,10 +21,15 @@ BOTH = pytest.mark.parametrize("statistics", [_statistics, _kernels], ids=["plai
 
 
 def by_numpy(x):
-    """Mean, m2 and count per channel of ``(N, C, *)``."""
+    """Mean and m2 per channel of ``(N, C, *)``."""
     rows = np.moveaxis(np.asarray(x.double()), 1, -1).reshape(-1, x.shape[1])
     mean = rows.mean(0)
-    return np.stack([mean, ((rows - mean) ** 2).sum(0), np.full_like(mean, len(rows))])
+    return np.stack([mean, ((rows - mean) ** 2).sum(0)])
+
+
+def count_of(x):
+    """How many values of ``(N, C, *)`` each channel has."""
+    return x[:, 0].numel()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -45,13 +51,15 @@ def test_unsqueeze_channels_views_the_vector_along_the_channels(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_local_statistics_are_those_of_numpy(shape, statistics):
     x = torch.randn(shape, dtype=torch.float64) * 2 - 1
-    np.testing.assert_allclose(statistics.local_statistics(x), by_numpy(x), rtol=1e-12)
+    actual = statistics.local_statistics(x)
+    assert actual.shape == (2 if statistics is _statistics else _kernels._ROWS, 3)
+    np.testing.assert_allclose(actual[:2], by_numpy(x), rtol=1e-12)
 
 
 @BOTH
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 2), (2, 3, 0, 4)], ids=str)
 def test_local_statistics_of_nothing_are_zeros(shape, statistics):
-    assert torch.equal(statistics.local_statistics(torch.empty(shape)), torch.zeros(3, 3).double())
+    assert torch.equal(statistics.local_statistics(torch.empty(shape))[:2], torch.zeros(2, 3).double())
 
 
 @BOTH
@@ -59,7 +67,7 @@ def test_local_statistics_of_nothing_are_zeros(shape, statistics):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_local_statistics_of_half_inputs_have_the_digits_of_float32(dtype, memory_format, statistics):
     x = torch.randn(4, 3, 20, 20).to(dtype, memory_format=memory_format)
-    np.testing.assert_allclose(statistics.local_statistics(x), by_numpy(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(statistics.local_statistics(x)[:2], by_numpy(x), rtol=1e-5, atol=1e-6)
 
 
 @BOTH
@@ -77,17 +85,18 @@ def test_local_statistics_of_half_inputs_have_the_digits_of_float32(dtype, memor
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 0.01), (1e4, 1.0), (1e6, 1.0), (-1e6, 1.0)])
 def test_a_mean_far_from_zero_costs_the_variance_no_digits(mean, std, shape, memory_format, statistics):
     x = (torch.randn(shape, dtype=torch.float64) * std + mean).float().contiguous(memory_format=memory_format)
-    replicas = [statistics.local_statistics(chunk) for chunk in x.tensor_split([1, shape[0] // 3])]
-    merged_mean, m2, count = merge_statistics(replicas)
-    expected_mean, expected_m2, expected_count = by_numpy(x)
-    np.testing.assert_allclose(m2 / count, expected_m2 / expected_count, rtol=1e-4)
+    chunks = x.tensor_split([1, shape[0] // 3])
+    replicas = [statistics.local_statistics(chunk) for chunk in chunks]
+    merged_mean, m2 = merge_statistics(replicas, [count_of(chunk) for chunk in chunks])
+    expected_mean, expected_m2 = by_numpy(x)
+    np.testing.assert_allclose(m2, expected_m2, rtol=1e-4)
     np.testing.assert_allclose(merged_mean, expected_mean, atol=1e-3 * std)
 
 
 @BOTH
 def test_constant_channels_have_no_variance(statistics):
     x = torch.tensor([0.1, -7.3, 1e6]).expand(50, 3)
-    mean, m2, _ = statistics.local_statistics(x)
+    mean, m2 = statistics.local_statistics(x)[:2]
     np.testing.assert_allclose(mean, x[0].double(), rtol=1e-7)
     assert (m2 / 50 <= 1e-12 * mean**2).all()
     assert (m2 >= 0).all()
@@ -103,12 +112,23 @@ def test_constant_channels_have_no_variance(statistics):
 def test_merged_statistics_are_those_of_the_union(sizes, offset, scale, seed):
     batch = torch.randn(sum(sizes), 3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     batch = batch * scale + offset
-    merged = torch.stack(merge_statistics([local_statistics(part) for part in batch.split(sizes)]))
-    np.testing.assert_allclose(merged, by_numpy(batch), rtol=1e-9)
+    parts = [local_statistics(part) for part in batch.split(sizes)]
+    counts = [2 * size for size in sizes]
+    np.testing.assert_allclose(torch.stack(merge_statistics(parts, counts)), by_numpy(batch), rtol=1e-9)
+
+    means, m2s = torch.stack(parts, 1)
+    column = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)
+    *merged, count = merge_stacked(means, m2s, column)
+    np.testing.assert_allclose(torch.stack(merged), by_numpy(batch), rtol=1e-9)
+    assert count.tolist() == [count_of(batch)]
 
 
 def test_merging_nothing_gives_zeros():
-    assert torch.equal(torch.stack(merge_statistics([torch.zeros(3, 2)] * 3)), torch.zeros(3, 2))
+    nothing = torch.zeros(2, 4)
+    assert torch.equal(torch.stack(merge_statistics([nothing] * 3, [0] * 3)), nothing)
+    mean, m2, count = merge_stacked(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, 1))
+    assert torch.equal(torch.stack([mean, m2]), nothing)
+    assert count.tolist() == [0]
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([2.0, 3.0, -1.0])])

@@ -13,6 +13,8 @@ from torch import nn
 from syncbn_comm import BrokenSyncError, ReplicaLeftError, SyncTimeoutError
 from syncbn_core import SynchronizedBatchNorm1d
 
+pytestmark = pytest.mark.usefixtures("together_or_apart")
+
 JOIN_SECONDS = 60.0
 REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call patch_replication_callback"
 

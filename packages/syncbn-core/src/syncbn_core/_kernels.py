@@ -5,14 +5,20 @@ Four passes over big tensors, each for the CPU, for CUDA, and by plain operation
 ================  =====================================  =============================
 pass              reads -> writes                        in
 ================  =====================================  =============================
-local_statistics  x -> (3, C)                            forward, where data enters
+local_statistics  x -> mean, m2                            forward, where data enters
 normalize         x -> y                                 forward, where data leaves
-gradient_sums     dy, x -> (2, C)                        backward, where dy enters
+gradient_sums     dy, x -> two sums                     backward, where dy enters
 input_gradient    dy, x -> dx                            backward, where dx leaves
 ================  =====================================  =============================
 
-None of them synchronizes host and device on CUDA. Vectors of length C come in and go out in the wide
-dtype in which they are merged; the kernels take them in the dtype of their arithmetic.
+None of them synchronizes host and device on CUDA.
+
+All arithmetic on vectors of length C beyond that is done once for all replicas, in the wide dtype in which
+statistics are merged: `forward_vectors` and `backward_vectors` prepare what each replica's pass over its own
+batch takes.
+
+Autograd wants a gradient in the shape of what it is the gradient of. So whatever goes from node to node, as a
+gradient or not, has `_ROWS` rows; the last one that means something fills what is left.
 """
 
 import torch
@@ -25,36 +31,43 @@ from ._statistics import compute_dtype, merge_dtype, samples_per_channel, sum_ov
 # of m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
 _SHIFT_ABOVE = 10.0
 
-_DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
-_cpu_backward = torch.ops.aten.native_batch_norm_backward.default
+_ROWS = 5
+
+cpu_backward = torch.ops.aten.native_batch_norm_backward.default
+
+
+def _packed(*vectors: Tensor) -> Tensor:
+    """``(_ROWS, C)``: the vectors, the last one repeated."""
+    return torch.stack([*vectors, *vectors[-1:] * (_ROWS - len(vectors))])
 
 
 def local_statistics(x: Tensor) -> Tensor:
-    """Mean, m2 and count of one replica's batch, as :func:`syncbn_core._statistics.local_statistics`."""
+    """Mean, m2, ...: as :func:`syncbn_core._statistics.local_statistics`, but packed."""
     count = samples_per_channel(x)
     if count == 0:
-        return torch.zeros(3, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
+        return torch.zeros(_ROWS, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
     if x.is_cpu:
-        mean, m2 = _cpu_mean_and_m2(x, count)
+        mean, m2 = mean_and_m2(x, count)
     elif x.is_cuda:
         mean, m2 = _cuda_mean_and_m2(x, count)
     else:
-        return _statistics.local_statistics(x)
-    return torch.stack([mean, m2, torch.full_like(mean, count)]).double()
+        mean, m2 = _statistics.local_statistics(x).unbind()
+    return _packed(mean, m2).to(merge_dtype(x.device))
 
 
-def _cpu_mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     if x.dtype == dtype and x.is_contiguous():
         mean = sum_over_batch(x).div_(count)
         m2 = _cpu_gradient_sums(x, x, mean)[1]
     else:
         # Half inputs get statistics in float32 only if there are running statistics in float32.
-        running = torch.zeros(2, x.shape[1], dtype=dtype)
-        mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
+        running = None if x.dtype == dtype else torch.zeros(x.shape[1], dtype=dtype)
+        mean, var = torch.batch_norm_update_stats(x, running, running, 0.0)
         m2 = var.mul_(count)
-    if torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).min() < 0:
+    if torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).min().item() < 0:
         # Not the mean found above: on channels_last it may itself be far off.
         shift = sum_over_batch(x.to(dtype)) / count
         deviation = x.to(dtype) - unsqueeze_channels(shift, x)
@@ -70,44 +83,85 @@ def _cuda_mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return mean, count / (invstd.double() * invstd.double())
 
 
-def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mean) * invstd * weight + bias``, as :func:`syncbn_core._statistics.normalize`."""
+def forward_vectors(
+    mean: Tensor, invstd: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What `normalize` and `gradient_sums` take, of all that has been agreed on.
+
+    Args:
+        mean: ``(C,)``, of the whole batch.
+        invstd: ``(C,)``, the reciprocal of its standard deviation.
+        scale: ``(C,)``, invstd times weight.
+        bias: ``(C,)`` or None.
+        dtype: of the arithmetic on x.
+
+    Returns:
+        In ``dtype``: mean; what its rounding to ``dtype`` has added to it; invstd; and the scale and shift
+        with which y is ``x * scale + shift``.
+    """
+    shift = mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+    if bias is None:
+        shift = shift.neg_()
+    return _packed(mean, mean.to(dtype) - mean, invstd, scale, shift).to(dtype)
+
+
+def normalize(x: Tensor, vectors: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``(x - mean) * invstd * weight + bias``.
+
+    Args:
+        x: ``(N, C, *)``.
+        vectors: of `forward_vectors`, where weight and bias have gone in as well.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+
+    Returns:
+        y, as ``x`` in shape, dtype and layout.
+    """
     if x.numel() == 0:
         return torch.empty_like(x)
-    dtype = compute_dtype(x.dtype)
-    mean, invstd = mean.to(dtype), invstd.to(dtype)
+    mean, _, invstd, scale, shift = vectors.unbind()
+    if x.is_cpu:
+        return _cpu_affine(x, scale, shift)
+    dtype = vectors.dtype
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if x.is_cuda:
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, 0.0)
-    if x.is_cpu:
-        return _cpu_affine(x, mean, invstd if weight is None else invstd * weight, bias)
     return _statistics.normalize(x, mean, invstd, weight, bias)
 
 
-def _cpu_affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``(x - mean) * scale + bias`` in one pass: an evaluation-mode batch norm of variance 1."""
-    y: Tensor = torch.native_batch_norm(x, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
+def _cpu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * scale + shift`` in one pass."""
+    if x.dtype == scale.dtype and not x.is_contiguous() and _is_dense(x):
+        return torch.addcmul(unsqueeze_channels(shift, x), x, unsqueeze_channels(scale, x))
+    # Faster where a channel's values lie side by side: an evaluation-mode batch norm of mean 0, variance 1.
+    y: Tensor = torch.native_batch_norm(
+        x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0
+    )[0]
     return y
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """``(2, C)``: the sums of ``dy`` and of ``dy * (x - mean)`` over all but the channel axis."""
+def gradient_sums(dy: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    """The sums of ``dy`` and of ``dy * (x - mean)`` over all but the channel axis, packed.
+
+    Args:
+        dy: ``(N, C, *)``.
+        x: ``(N, C, *)``.
+        vectors: of `forward_vectors`.
+    """
+    mean, rounding, invstd, _, _ = vectors.unbind()
     if x.numel() == 0:
-        return torch.zeros(2, x.shape[1], dtype=merge_dtype(x.device), device=x.device)
-    dtype, exact_mean = compute_dtype(x.dtype), mean
-    mean = mean.to(dtype)
+        return torch.zeros_like(vectors)
     if x.is_cpu:
-        sums = _cpu_gradient_sums(dy, x, mean)
+        sum_dy, sum_dy_xmu = _cpu_gradient_sums(dy, x, mean)
     elif x.is_cuda:
         reduce = torch.batch_norm_backward_reduce
-        sums = reduce(_laid_out_as(x, dy), x, mean, invstd.to(dtype), None, True, False, False)[:2]
+        sum_dy, sum_dy_xmu = reduce(_laid_out_as(x, dy), x, mean, invstd, None, True, False, False)[:2]
     else:
-        dy, x = dy.to(dtype), x.to(dtype)
-        sums = sum_over_batch(dy), sum_over_batch(dy * (x - unsqueeze_channels(mean, x)))
-    sum_dy, sum_dy_xmu = torch.stack(sums).to(merge_dtype(x.device)).unbind()
+        dy, x = dy.to(mean.dtype), x.to(mean.dtype)
+        sum_dy, sum_dy_xmu = sum_over_batch(dy), sum_over_batch(dy * (x - unsqueeze_channels(mean, x)))
     # The kernel took the mean rounded to its own dtype.
-    return torch.stack([sum_dy, torch.addcmul(sum_dy_xmu, sum_dy, mean - exact_mean)])
+    return _packed(sum_dy, sum_dy_xmu.addcmul_(sum_dy, rounding))
 
 
 def _laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
@@ -119,47 +173,67 @@ def _cpu_gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Ten
     # The gradients of bias and weight of an evaluation-mode batch norm of variance 1. This kernel divides by
     # the number of samples: with none of them it takes the whole process along.
     ones = torch.ones_like(mean)
-    _, sum_dy_xmu, sum_dy = _cpu_backward(
-        dy, x, None, mean, ones, None, None, False, 0.0, [False, True, True]
-    )
-    if dy.dtype != mean.dtype and not _are_dense_alike(dy, x):
+    _, sum_dy_xmu, sum_dy = cpu_backward(dy, x, None, mean, ones, None, None, False, 0.0, [False, True, True])
+    if dy.dtype != mean.dtype and not (dy.stride() == x.stride() and _is_dense(x)):
         # Of halves in other layouts this kernel rounds the sum to a half.
         sum_dy = sum_over_batch(dy.to(mean.dtype))
     return sum_dy, sum_dy_xmu
 
 
-def _are_dense_alike(dy: Tensor, x: Tensor) -> bool:
-    return dy.stride() == x.stride() and any(x.is_contiguous(memory_format=layout) for layout in _DENSE)
+def _is_dense(x: Tensor) -> bool:
+    return any(x.is_contiguous(memory_format=layout) for layout in DENSE)
 
 
-def input_gradient(dy: Tensor | None, x: Tensor, local_mean: Tensor, coefficients: Tensor) -> Tensor:
-    """``a * (dy - shift - slope * (x - local_mean))``: what every replica's dx comes down to.
+def backward_vectors(
+    mean: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """What `input_gradient` takes to compute ``scale * (dy - shift - slope * (x - mean))``.
+
+    Args:
+        mean: ``(C,)``, of the whole batch.
+        scale: ``(C,)``, as for `forward_vectors`.
+        shift: ``(C,)``, the mean of dy.
+        slope: ``(C,)``, of dy's regression on x.
+        device: of x.
+        dtype: of the arithmetic on x.
+
+    Returns:
+        Vectors, packed.
+    """
+    if device.type == "cpu":
+        scaled = scale * slope
+        constant = torch.addcmul(scaled * mean, scale, shift, value=-1)
+        return _packed(scale, scaled.neg_(), constant)
+    # What the rounding of the mean takes from x - mean goes into the shift.
+    shift = torch.addcmul(shift, slope, mean.to(dtype) - mean)
+    return _packed(scale, mean, shift, slope)
+
+
+def input_gradient(dy: Tensor | None, x: Tensor, vectors: Tensor) -> Tensor:
+    """What every replica's dx comes down to.
 
     Args:
         dy: ``(N, C, *)``, or None for zeros.
         x: ``(N, C, *)``.
-        local_mean: ``(C,)``, the mean of this very ``x``: near it, the difference keeps its digits.
-        coefficients: ``(3, C)``: a, shift and slope.
+        vectors: of `backward_vectors`.
 
     Returns:
-        ``(N, C, *)``.
+        dx, as ``x`` in shape, dtype and layout.
     """
     if x.numel() == 0:
         return torch.empty_like(x)
-    dtype = compute_dtype(x.dtype)
-    a, shift, slope = coefficients.to(dtype).unbind()
-    local_mean = local_mean.to(dtype)
-    if x.is_cuda and dy is not None:
+    vectors = vectors.to(compute_dtype(x.dtype))
+    if x.is_cpu:
+        scale, slope, constant, _, _ = vectors.unbind()
+        dx = _cpu_affine(x, slope, constant)
+        return dx if dy is None else dx.addcmul_(dy, unsqueeze_channels(scale.to(x.dtype), x))
+    scale, mean, shift, slope, _ = vectors.unbind()
+    if dy is None:
+        dy = torch.zeros_like(x)
+    if x.is_cuda:
         # sum_dy / count and sum_dy_xmu * invstd**2 / count are what the kernel makes of its arguments.
         one = torch.ones(1, dtype=torch.int32, device=x.device)
-        ones = torch.ones_like(local_mean)
-        dy = _laid_out_as(x, dy)
-        return torch.batch_norm_backward_elemt(dy, x, local_mean, ones, a, shift, slope, one)
-    _, bias, scale = (coefficients * -coefficients[0]).to(dtype).unbind()
-    if not x.is_cpu:
-        dx = _statistics.normalize(x, local_mean, scale, None, bias)
-    else:
-        dx = _cpu_affine(x, local_mean, scale, bias)
-    if dy is None:
-        return dx
-    return dx.addcmul_(dy, unsqueeze_channels(a.to(x.dtype), x))
+        ones = torch.ones_like(mean)
+        return torch.batch_norm_backward_elemt(_laid_out_as(x, dy), x, mean, ones, scale, shift, slope, one)
+    scale, mean, shift, slope = (unsqueeze_channels(vector, x) for vector in (scale, mean, shift, slope))
+    return (scale * (dy - shift - slope * (x - mean))).to(x.dtype)

@@ -2,7 +2,7 @@
 
 ::
 
-    x_i --> Gather_i --(statistics)--> Merge --(mean, invstd)--> Apply_i --> y_i
+    x_i --> Gather_i --(statistics)--> Merge --(mean, invstd...)--> Apply_i --> y_i
                |                                                   ^
                +------------------ x_i, the same storage ----------+
 
@@ -11,7 +11,7 @@ thread. Here nobody waits: Merge is one node for all replicas, so autograd itsel
 every replica are there. What travels backward between the nodes is not a derivative; their composition is:
 
 - Apply_i hands ``dy`` on to Gather_i untouched, and the two sums over ``dy`` to Merge;
-- Merge adds the sums of all replicas and returns to each Gather_i the coefficients of its ``dx``;
+- Merge adds the sums of all replicas and returns to each Gather_i the vectors that make ``dx`` of it;
 - Gather_i forms ``dx``.
 
 Kept for backward are x by reference and vectors of length C.
@@ -22,7 +22,7 @@ of one replica runs it again.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ from ._order import Chain
 from ._processes import Processes
 from ._statistics import merge_statistics
 
-Finish = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Finish = Callable[[Tensor, Tensor, int | Tensor], tuple[Tensor, Tensor]]
 """(mean, m2, count) of the whole batch -> (mean, invstd) to normalise with; moves the running statistics."""
 
 
 def gather(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Where data enters: ``x`` -> ``x`` itself, and the ``(3, C)`` statistics of it.
+    """Where data enters: ``x`` -> ``x`` itself, and the statistics of it.
 
     Args:
         x: ``(N, C, *)``.
@@ -50,90 +50,94 @@ def gather(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return results
 
 
-def merge(
-    parts: Sequence[Tensor],
-    finish: Finish,
-    weight: Tensor | None,
-    min_var: float,
-    name: str,
-    processes: Processes | None,
-    chain: Chain | None,
-) -> tuple[Tensor, ...]:
-    """Where data is reduced: the statistics of all replicas -> ``(2, C)`` mean and invstd for each of them.
+class Reduction(NamedTuple):
+    """What the reduction needs to know beside the statistics.
 
-    Args:
-        parts: ``(3, C)`` from each replica, in rank order, on its own device.
-        finish: turns the merged statistics into mean and invstd.
+    Attributes:
+        counts: of samples, by replica.
+        dtype: of the arithmetic on x.
+        finish: turns what was merged into what to normalise with.
         weight: ``(C,)`` or None, replica 0's.
+        bias: ``(C,)`` or None, replica 0's.
         min_var: the floor of the variance; 0 for none.
         name: the layer's, for error messages.
         processes: those to merge with; None for this one alone.
         chain: where there are several, the order of their backward collectives.
     """
-    previous = chain.take() if chain is not None else None
-    results: tuple[Tensor, ...] = _Merge.apply(  # type: ignore[no-untyped-call]
-        finish, weight, min_var, name, processes, chain, previous, *parts
-    )
-    if chain is not None:
-        chain.give(results[0])
+
+    counts: Sequence[int]
+    dtype: torch.dtype
+    finish: Finish
+    weight: Tensor | None
+    bias: Tensor | None
+    min_var: float
+    name: str
+    processes: Processes | None
+    chain: Chain | None
+
+
+def merge(parts: Sequence[Tensor], how: Reduction) -> tuple[Tensor, ...]:
+    """Where data is reduced: the statistics of all replicas -> what was agreed on, for each of them.
+
+    Args:
+        parts: the statistics of each replica, in rank order, on its own device.
+        how: see there.
+
+    Returns:
+        The `_kernels.forward_vectors` for each replica, on its own device.
+    """
+    previous = how.chain.take() if how.chain is not None else None
+    results: tuple[Tensor, ...] = _Merge.apply(how, previous, *parts)  # type: ignore[no-untyped-call]
+    if how.chain is not None:
+        how.chain.give(results[0])
     return results
 
 
-def apply(x: Tensor, mean_invstd: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
-    """Where data leaves: ``x``, and ``(2, C)`` mean and invstd -> y, as ``x`` in shape, dtype and layout."""
-    y: Tensor = _Apply.apply(x, mean_invstd, weight, bias, name)  # type: ignore[no-untyped-call]
+def apply(x: Tensor, agreed: Tensor, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
+    """Where data leaves: ``x``, and what was agreed on -> y, as ``x`` in shape, dtype and layout."""
+    y: Tensor = _Apply.apply(x, agreed, weight, bias, name)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        statistics = _kernels.local_statistics(x)
         ctx.where = name
-        ctx.mean = statistics.detach()[0]
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        return x.detach(), statistics
+        return x.detach(), _kernels.local_statistics(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, coefficients: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor | None, vectors: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        if coefficients is None:  # no replica's output was used, so neither was this one's
+        if vectors is None:  # no replica's output was used, so neither was this one's
             return None, None
         with torch.no_grad():
-            dx = _kernels.input_gradient(dy, x, ctx.mean, coefficients)
-        return _refuse_second_derivative(ctx.where, [dx], [dy, x, coefficients])[0], None
+            dx = _kernels.input_gradient(dy, x, vectors)
+        return refuse_second_derivative(ctx.where, [dx], [dy, x, vectors])[0], None
 
 
 class _Merge(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        finish: Finish,
-        weight: Tensor | None,
-        min_var: float,
-        name: str,
-        processes: Processes | None,
-        chain: Chain | None,
-        previous: Tensor | None,
-        *parts: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, how: Reduction, previous: Tensor | None, *parts: Tensor) -> tuple[Tensor, ...]:
         device = parts[0].device
-        here = [part.to(device, non_blocking=True) for part in parts]
-        mean, m2, count = merge_statistics(here)
-        if processes is not None:
-            mean, m2, count = processes.merge(mean, m2, count)
-        mean_invstd = torch.stack(finish(mean, m2, count))
-        ctx.where, ctx.processes, ctx.chain = name, processes, chain
+        mean, m2 = merge_statistics([part.to(device, non_blocking=True) for part in parts], how.counts)
+        own_count = sum(how.counts)
+        count: int | Tensor = own_count
+        if how.processes is not None:
+            mean, m2, count = how.processes.merge(mean, m2, own_count)
+        mean, invstd = how.finish(mean, m2, count)
+        # Not `how` itself: a graph that held the layer could hold itself.
+        ctx.where, ctx.dtype, ctx.processes, ctx.chain = how.name, how.dtype, how.processes, how.chain
         ctx.devices = [part.device for part in parts]
-        ctx.local_means = torch.stack([part[0] for part in here])  # (R, C)
-        ctx.mean, ctx.invstd, ctx.count = mean, mean_invstd[1], count
-        ctx.weight = weight
+        ctx.mean, ctx.invstd, ctx.count = mean, invstd, count
+        ctx.scale = invstd if how.weight is None else invstd * how.weight
         # Where the variance was raised to min_var, invstd does not depend on it.
-        ctx.constant_invstd = (m2 < min_var * count) if min_var > 0 else None
+        ctx.constant_invstd = (m2 < how.min_var * count) if how.min_var > 0 else None
         ctx.set_materialize_grads(False)
+        agreed = _kernels.forward_vectors(mean, invstd, ctx.scale, how.bias, how.dtype)
         # An output each, be it of the same storage, so that each replica's sums come back on their own.
-        return tuple(mean_invstd.detach().to(device, non_blocking=True) for device in ctx.devices)
+        return tuple(agreed.detach().to(device, non_blocking=True) for device in ctx.devices)
 
     @staticmethod
     def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,60 +146,62 @@ class _Merge(Function):
         if ctx.chain is not None:
             ctx.chain.over = True
         if not used and ctx.processes is None:
-            return (None,) * (7 + len(sums))
+            return (None,) * (2 + len(sums))
+        mean, invstd, count = ctx.mean, ctx.invstd, ctx.count
         with torch.no_grad():
             # Reached by the chain alone, it has nothing to add, but other processes may.
-            total = torch.stack(used).sum(0) if used else ctx.mean.new_zeros(2, len(ctx.mean))  # (2, C)
-            if ctx.processes is not None:
-                total = ctx.processes.sum(total)
+            if len(used) > 1:
+                total = torch.stack(used)[:, :2].sum(0, dtype=mean.dtype)
+            else:
+                total = used[0][:2].to(mean.dtype) if used else mean.new_zeros(2, len(mean))
             sum_dy, sum_dy_xmu = total.unbind()
-            shift = sum_dy / ctx.count
-            slope = sum_dy_xmu * ctx.invstd**2 / ctx.count
+            sum_dy_normalized = sum_dy_xmu * invstd  # with x normalised
+            if ctx.processes is not None:
+                own = torch.stack([sum_dy, sum_dy_normalized])
+                sum_dy, sum_dy_normalized = ctx.processes.sum(own).unbind()
+            slope = sum_dy_normalized * invstd / count
             if ctx.constant_invstd is not None:
                 slope = slope.masked_fill(ctx.constant_invstd, 0.0)
-            a = ctx.invstd if ctx.weight is None else ctx.invstd * ctx.weight
-            # Seen from each replica's own mean, (R, C).
-            shifts = torch.addcmul(shift, slope, ctx.local_means - ctx.mean)
-            coefficients = torch.stack([a.expand_as(shifts), shifts, slope.expand_as(shifts)], 1)  # (R, 3, C)
+            kind = ctx.devices[0]
+            vectors = _kernels.backward_vectors(mean, ctx.scale, sum_dy / count, slope, kind, ctx.dtype)
             wanted = [
-                part.to(device, non_blocking=True) if needed else None
-                for part, device, needed in zip(coefficients.unbind(), ctx.devices, ctx.needs_input_grad[7:])
+                vectors.to(device, non_blocking=True) if needed else None
+                for device, needed in zip(ctx.devices, ctx.needs_input_grad[2:])
             ]
-        return *(None,) * 7, *_refuse_second_derivative(ctx.where, wanted, sums)
+        return None, None, *refuse_second_derivative(ctx.where, wanted, sums)
 
 
 class _Apply(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean_invstd: Tensor, weight: Tensor | None, bias: Tensor | None, name: str
+        ctx: Any, x: Tensor, agreed: Tensor, weight: Tensor | None, bias: Tensor | None, name: str
     ) -> Tensor:
-        mean, invstd = mean_invstd.unbind()
         ctx.where = name
         ctx.affine_dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        ctx.save_for_backward(x, mean_invstd, weight)
+        ctx.save_for_backward(x, agreed, weight)
         # Kept besides, because a checkpoint drops what is saved: the next Merge is chained to this one, and a
         # recomputation returns to it.
-        ctx.mean_invstd = mean_invstd
+        ctx.agreed = agreed
         ctx.set_materialize_grads(False)
-        return _kernels.normalize(x, mean, invstd, weight, bias)
+        return _kernels.normalize(x, agreed, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mean_invstd, weight = ctx.saved_tensors
+        x, agreed, weight = ctx.saved_tensors
         if dy is None:
             return None, None, None, None, None
         _, _, need_weight, need_bias, _ = ctx.needs_input_grad
         with torch.no_grad():
-            mean, invstd = mean_invstd.unbind()
-            sums = _kernels.gradient_sums(dy, x, mean, invstd)
+            sums = _kernels.gradient_sums(dy, x, agreed)
             weight_dtype, bias_dtype = ctx.affine_dtypes
-            dweight = (sums[1] * invstd).to(weight_dtype) if need_weight else None
-            dbias = sums[0].to(bias_dtype) if need_bias else None
-        computed = _refuse_second_derivative(ctx.where, [sums, dweight, dbias], [dy, x, weight])
+            sum_dy, sum_dy_xmu, *_ = sums.unbind()
+            dweight = (sum_dy_xmu * agreed[2]).to(weight_dtype) if need_weight else None
+            dbias = sum_dy.to(bias_dtype) if need_bias else None
+        computed = refuse_second_derivative(ctx.where, [sums, dweight, dbias], [dy, x, weight])
         return dy, *computed, None
 
 
-def _refuse_second_derivative(
+def refuse_second_derivative(
     name: str, results: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
     """Under ``create_graph=True``, tie the results of a backward to its inputs by a node that raises."""

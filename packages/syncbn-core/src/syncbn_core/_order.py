@@ -20,6 +20,9 @@ A chain ends when a backward has begun. Its last result is kept by the graph, an
 
 import weakref
 from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +41,7 @@ class Chain:
 
     def __init__(self) -> None:
         self.over = False  # a backward has begun
-        self._last: weakref.ref[Tensor] | None = None
+        self._last: Callable[[], Tensor | None] | None = None
 
     def take(self) -> Tensor:
         """The result of the last node; of no node, where there is none."""
@@ -47,8 +50,20 @@ class Chain:
         return torch.empty(0, requires_grad=True) if last is None else last
 
     def give(self, result: Tensor) -> None:
-        """Go on from the node that has this result."""
+        """Go on from the node that has this result, which something else has to keep."""
         self._last = weakref.ref(result)
+
+    def give_node(self, node: Node) -> None:
+        """Go on from this node, the last of whose saved tensors is a result of its own."""
+        self._last = partial(_last_saved, weakref.ref(node))
+
+
+def _last_saved(reference: "weakref.ref[Node]") -> Tensor | None:
+    node: Any = reference()
+    try:
+        return None if node is None else node.saved_tensors[-1]
+    except RuntimeError:  # another of them was changed in place: the node's backward would raise the same
+        return None
 
 
 def chain_of(x: Tensor, group: ReplicaGroup | None) -> Chain:

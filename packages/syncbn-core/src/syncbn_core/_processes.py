@@ -17,12 +17,15 @@ from torch import Tensor
 
 from syncbn_comm import BrokenSyncError
 
-from ._statistics import merge_stacked
+from ._statistics import merge_dtype, merge_stacked, merge_statistics
 
 CHECK_VARIABLE = "SYNCBN_CHECK"
 
 # Up to here a gather and a local sum cost less than a reduction (measured on gloo).
 _GATHER_UP_TO = 8
+
+# Up to here merging one by one takes fewer operations than merging all at once.
+_FEW = 3
 
 
 class Scope(enum.Enum):
@@ -52,11 +55,22 @@ class Processes:
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def merge(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Merge the statistics of all processes, ``(C,)`` each. Waits for all of them, as `gather` does."""
-        return merge_stacked(*_unpacked(self.gather(_packed(mean, m2, count))))
+    def merge(self, mean: Tensor, m2: Tensor, count: int) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Merge the statistics of all processes, ``(C,)`` each.
 
-    def merge_with_gradient(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        Waits for all of them, as `gather` does. The count comes back as a number where the host has it.
+        """
+        everybody = self.gather(_packed(mean, m2, count))
+        if not everybody.is_cpu:
+            return merge_stacked(*_unpacked(everybody))
+        if self.world_size > _FEW:
+            mean, m2, total = merge_stacked(*_unpacked(everybody))
+            return mean, m2, int(total)
+        counts = [int(each) for each in everybody[:, -1].tolist()]
+        parts = everybody[:, :-1].view(len(counts), 2, -1).unbind()
+        return *merge_statistics(parts, counts), sum(counts)
+
+    def merge_with_gradient(self, mean: Tensor, m2: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same with derivatives of any order."""
         anchor = torch.empty(0, requires_grad=True)
         packed = _packed(mean, m2, count)
@@ -129,9 +143,9 @@ def processes_of(process_group: Any, name: str) -> Processes | None:
     return processes if processes.world_size > 1 else None
 
 
-def _packed(mean: Tensor, m2: Tensor, count: Tensor) -> Tensor:
+def _packed(mean: Tensor, m2: Tensor, count: int) -> Tensor:
     """``(2C + 1,)``: the count is that of every channel."""
-    return torch.cat([mean, m2, count[:1]])
+    return torch.cat([mean, m2, mean.new_full((1,), count, dtype=merge_dtype(mean.device))])
 
 
 def _unpacked(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ class Message(NamedTuple):
     """What a replica brings to a meeting.
 
     Attributes:
-        statistics: ``(3, C)``: mean, m2 and count of its own batch.
-        samples: that count, known to the host.
+        statistics: mean and m2 of its own batch, and whatever rows follow.
+        samples: how many are behind them.
         dtype: of its input.
     """
 
@@ -25,13 +25,23 @@ class Message(NamedTuple):
     dtype: torch.dtype
 
 
-Master = Callable[[Sequence[tuple[int, Message]]], list[tuple[int, Tensor]]]
-"""``[(rank, message), ...] -> [(rank, mean_invstd), ...]``, in replica 0's thread."""
+class Input(NamedTuple):
+    """What a replica of few samples brings instead: the samples.
+
+    Attributes:
+        x: ``(N, C, *)``.
+    """
+
+    x: Tensor
+
+
+Master = Callable[[Sequence[tuple[int, Any]]], list[tuple[int, Any]]]
+"""``[(rank, message), ...] -> [(rank, answer), ...]``, in replica 0's thread."""
 
 
 class _Agreement(NamedTuple):
-    own: Tensor  # (3, C), the replica's own statistics
-    mean_invstd: Callable[[], Tensor | None]  # what was agreed on, as long as it is needed
+    own: Tensor  # the replica's own statistics
+    agreed: Callable[[], Tensor | None]  # as long as it is needed
     in_grad_mode: bool
 
 
@@ -75,7 +85,7 @@ class Replication:
         return group if group is not None and group.world_size > 1 else None
 
     def agree(self, message: Message, master: Master, *, recomputable: bool) -> Tensor:
-        """Meet the other replicas and return the ``(2, C)`` mean and invstd of the whole batch.
+        """Meet the other replicas and return what they agree on.
 
         Inside a backward (a gradient checkpoint recomputes a part of this replica's forward) nobody is met:
         the replica returns to what was agreed on in the forward.
@@ -89,20 +99,22 @@ class Replication:
             BrokenSyncError: another replica failed, left or did not come.
             RuntimeError: in a recomputation that cannot be right.
         """
-        if _in_backward():
-            agreed = self._recall(message, recomputable)
-            if agreed is not None:
-                return agreed
+        if in_backward():
+            recalled = self._recall(message, recomputable)
+            if recalled is not None:
+                return recalled
         if self.nested:
             raise RuntimeError(
                 f"expected one data-parallel wrapper around {self.name!r}, got one inside of another: the "
                 "layer could synchronize the replicas of the inner one alone; give all devices to the outer"
             )
-        mean_invstd = self.meet(message, master)
-        self._remember(message.statistics.detach(), mean_invstd)
-        return mean_invstd
+        agreed = self.meet(message, master)
+        if agreed is None:  # there was another round, of inputs
+            agreed = self.meet(message, master)
+        self._remember(message.statistics.detach(), agreed)
+        return cast(Tensor, agreed)
 
-    def meet(self, message: Message, master: Master) -> Tensor:
+    def meet(self, message: Message | Input, master: Master) -> Any:
         """Meet the other replicas, for good or ill."""
         if self.group is None:
             return master([(0, message)])[0][1]
@@ -116,13 +128,13 @@ class Replication:
                 "layer built with fused=False, whose graph spans all replicas: build it with fused=True, "
                 "or leave it out of the checkpoint"
             )
-        known = [(a, agreed) for a in self._agreements if (agreed := a.mean_invstd()) is not None]
+        known = [(a, agreed) for a in self._agreements if (agreed := a.agreed()) is not None]
         if not known:
             return None
         # If the layer was called several times in this forward: a recomputation repeats the numbers of the
         # first pass, so the replica's own statistics tell which call it is. They are compared on their
         # device, so that the host does not wait for it.
-        distance = (torch.stack([a.own for a, _ in known]) - message.statistics).abs()  # (calls, 3, C)
+        distance = (torch.stack([a.own for a, _ in known]) - message.statistics).abs()  # (calls, rows, C)
         nearest = distance.flatten(1).amax(1).argmin().view(1)
         if not all(a.in_grad_mode for a, _ in known) and not known[int(nearest)][0].in_grad_mode:
             raise RuntimeError(
@@ -135,12 +147,12 @@ class Replication:
         # As in the forward, so that the same tensors are saved.
         return agreed.requires_grad_(any(agreed.requires_grad for _, agreed in known))
 
-    def _remember(self, own: Tensor, mean_invstd: Tensor) -> None:
-        self._agreements = [a for a in self._agreements if a.mean_invstd() is not None]
-        if mean_invstd.requires_grad:
-            recall: Callable[[], Tensor | None] = weakref.ref(mean_invstd)  # a graph keeps it
+    def _remember(self, own: Tensor, agreed: Tensor) -> None:
+        self._agreements = [a for a in self._agreements if a.agreed() is not None]
+        if agreed.requires_grad:
+            recall: Callable[[], Tensor | None] = weakref.ref(agreed)  # a graph keeps it
         elif self.group is not None:
-            recall = partial(_same, mean_invstd)  # for as long as the replica lives
+            recall = partial(_same, agreed)  # for as long as the replica lives
         else:
             return
         self._agreements.append(_Agreement(own, recall, torch.is_grad_enabled()))
@@ -150,6 +162,6 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether this thread is inside of a backward. Torch has no public way to ask."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -3,8 +3,9 @@
 Everything here is differentiable and runs on any device: it is the specification that the fused kernels
 are tested against, and the very code of the composite path (``fused=False``).
 
-Statistics travel packed: a ``(3, C)`` tensor of the rows mean, m2 and count, where ``m2`` is the sum of
-squared deviations from the mean. ``m2 / count`` is the biased variance.
+Statistics travel packed: a ``(2, C)`` tensor of the rows mean and m2, where ``m2`` is the sum of squared
+deviations from the mean. ``m2 / count`` is the biased variance. The count is a number that the host knows;
+that of several processes is a tensor.
 """
 
 from collections.abc import Sequence
@@ -53,6 +54,15 @@ def samples_per_channel(x: Tensor) -> int:
     return x.numel() // x.shape[1] if x.shape[1] else 0
 
 
+def check_total(count: int, name: str) -> None:
+    """Raise ValueError if there is but one value per channel in all replicas; the name is the layer's."""
+    if count == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got 1 in all replicas together at "
+            f"{name!r}"
+        )
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic on inputs of ``dtype``: at least float32."""
     return torch.float32 if dtype in _HALF_TYPES else dtype
@@ -77,10 +87,9 @@ def local_statistics(x: Tensor) -> Tensor:
         x: ``(N, C, *)``; N may be 0.
 
     Returns:
-        ``(3, C)``: mean, m2 and count of every channel, in :func:`merge_dtype`.
+        ``(2, C)``: mean and m2 of every channel, in :func:`merge_dtype`.
     """
-    count = samples_per_channel(x)
-    n = max(count, 1)
+    n = max(samples_per_channel(x), 1)
     x = x.to(compute_dtype(x.dtype))
     shift = (sum_over_batch(x) / n).detach()
     deviation = x - unsqueeze_channels(shift, x)
@@ -88,41 +97,51 @@ def local_statistics(x: Tensor) -> Tensor:
     rest = sum_over_batch(deviation).to(wide) / n
     mean = shift.to(wide) + rest
     m2 = sum_over_batch(deviation**2).to(wide) - n * rest**2
-    return torch.stack([mean, m2, torch.full_like(mean, count)])
+    return torch.stack([mean, m2])
 
 
-def merge_statistics(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def merge_statistics(parts: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Merge the statistics of several batches into those of their union, in the given order.
 
     Args:
-        parts: ``(3, C)`` tensors of mean, m2 and count, on one device. Parts of count 0 change nothing.
+        parts: tensors on one device whose first two rows are mean and m2, ``(C,)`` each.
+        counts: how many samples are behind each. Parts of none change nothing.
 
     Returns:
-        mean, m2 and count of the union, ``(C,)`` each; all 0 where every part is empty.
+        mean and m2 of the union, ``(C,)`` each; 0 where every part is empty.
 
     Reference:
         T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing
-        sample variances", 1979; here for any number of parts at once.
+        sample variances", 1979.
 
     Example:
         >>> a, b = torch.randn(4, 2), torch.randn(3, 2)
-        >>> mean, m2, count = merge_statistics([local_statistics(a), local_statistics(b)])
-        >>> torch.allclose(m2 / count, torch.cat([a, b]).double().var(0, correction=0))
+        >>> mean, m2 = merge_statistics([local_statistics(a), local_statistics(b)], [4, 3])
+        >>> torch.allclose(m2 / 7, torch.cat([a, b]).double().var(0, correction=0))
         True
     """
-    if len(parts) == 1:
-        mean, m2, count = parts[0].unbind()
-        return mean, m2, count
-    return merge_stacked(*torch.stack(list(parts), 1).unbind())
+    mean, m2 = parts[0][:2].unbind()
+    merged = counts[0]
+    for part, count in zip(parts[1:], counts[1:]):
+        if count == 0:
+            continue
+        part_mean, part_m2 = part[:2].unbind()
+        total = merged + count
+        delta = part_mean - mean
+        mean = torch.add(mean, delta, alpha=count / total)
+        m2 = torch.addcmul(m2 + part_m2, delta, delta, value=merged * count / total)
+        merged = total
+    return mean, m2
 
 
 def merge_stacked(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`merge_statistics` of ``(R, C)`` means and m2s, and ``(R, C)`` or ``(R, 1)`` counts."""
+    """`merge_statistics` of ``(P, C)`` means and m2s and ``(P, 1)`` counts; and the sum of these."""
     count = counts.sum(0)
     # An empty union has the mean 0 rather than 0 / 0.
     mean = (counts * means).sum(0) / count.clamp(min=1)
-    m2 = torch.addcmul(m2s, counts, (means - mean) ** 2).sum(0)
-    return mean, m2, count.expand_as(mean)
+    deviations = means - mean
+    m2 = torch.addcmul(m2s, counts * deviations, deviations).sum(0)
+    return mean, m2, count
 
 
 def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

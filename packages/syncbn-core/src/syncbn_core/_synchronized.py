@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _nodes, _statistics
+from syncbn_comm import ReplicaGroup
+
+from . import _kernels, _lone, _nodes, _statistics, _together
 from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
 from ._order import chain_of
 from ._processes import Processes, Scope, processes_of
-from ._replication import Message, Replication, ReplicationContext
-from ._statistics import merge_statistics, samples_per_channel
+from ._replication import Input, Message, Replication, ReplicationContext, in_backward
+from ._statistics import check_total, compute_dtype, merge_statistics, samples_per_channel
 from ._stock import enlist
+
+_active_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class _SynchronizedBatchNorm(_BatchNorm):
@@ -61,22 +65,20 @@ class _SynchronizedBatchNorm(_BatchNorm):
         self._check_input(input)
         of_batch = self.training or self.running_mean is None
         clamps = resolve_eps_mode(self.eps_mode) == "clamp"
-        synchronizes = self._synchronizes()
+        processes = self._processes() if self.training else None
+        synchronizes = processes is not None or (self.training and self._group() is not None)
         if not synchronizes and not clamps and (input.numel() or not of_batch):
             return super().forward(input)
         if not of_batch:
             return self._forward_running(input)
-        forward = self._forward_fused if self.fused else self._forward_composite
+        forward = self._forward_training
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
-        return forward(input, synchronizes)
+        return forward(input, synchronizes, processes)
 
-    def _synchronizes(self) -> bool:
-        """Whether this call depends on other replicas or processes."""
-        if not self.training:
-            return False
-        replicated = self._replication is not None and self._replication.group is not None
-        return replicated or self._processes() is not None
+    def _group(self) -> ReplicaGroup | None:
+        """The replicas of this process, where there are several."""
+        return self._replication.group if self._replication is not None else None
 
     def _processes(self) -> Processes | None:
         return processes_of(self.process_group, self._where())
@@ -86,24 +88,91 @@ class _SynchronizedBatchNorm(_BatchNorm):
         var = self.running_var.clamp(min=self.eps)  # type: ignore[union-attr]
         return nn.functional.batch_norm(input, self.running_mean, var, self.weight, self.bias, eps=0.0)
 
-    def _forward_fused(self, input: Tensor, synchronizes: bool) -> Tensor:
+    def _forward_training(self, input: Tensor, synchronizes: bool, processes: Processes | None) -> Tensor:
         name = self._where()
+        if not self.fused:
+            mean, invstd = self._agree(input, _statistics.local_statistics(input), synchronizes)
+            return _statistics.normalize(input, mean, invstd, self.weight, self.bias)
+        if synchronizes and self._is_plain(input):
+            y = self._forward_at_once(input, processes)
+            if y is not None:
+                return y
         x, statistics = _nodes.gather(input, name)
-        mean_invstd = self._agree(x, statistics, synchronizes)
-        return _nodes.apply(x, mean_invstd, self.weight, self.bias, name)
+        agreed = self._agree(x, statistics, synchronizes)
+        return _nodes.apply(x, agreed, self.weight, self.bias, name)
 
-    def _forward_composite(self, input: Tensor, synchronizes: bool) -> Tensor:
-        mean, invstd = self._agree(input, _statistics.local_statistics(input), synchronizes)
-        return _statistics.normalize(input, mean, invstd, self.weight, self.bias)
+    def _forward_at_once(self, input: Tensor, processes: Processes | None) -> Tensor | None:
+        """The output, where one node can do what else takes three for every replica."""
+        replication = self._replication
+        if replication is None or replication.group is None:
+            if processes is None or not input.numel():
+                return None
+            move, chain = self._move_running_statistics, chain_of(input, None)
+            return _lone.batch_norm(
+                input, self.weight, self.bias, self.eps, move, self._where(), processes, chain
+            )
+        if processes is not None or replication.nested or not _together.is_small(input):
+            return None
+        y: Tensor | None = replication.meet(Input(input), self._master)
+        return y
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether nothing is asked for but what torch's own layer does on a CPU.
+
+        Nothing may be recomputed either, and what is saved for backward not be intercepted, as in a gradient
+        checkpoint: it is not always saved by the thread that this is. Torch has no public way to ask, and its
+        earlier versions no way at all.
+        """
+        return (
+            input.is_cpu
+            and input.dtype in (torch.float32, torch.float64)
+            and all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias, self.running_mean))
+            and resolve_eps_mode(self.eps_mode) == "plus"
+            and _is_own(self._data_parallel_master, _SynchronizedBatchNorm._data_parallel_master)
+            and _is_own(self._compute_mean_std, _SynchronizedBatchNorm._compute_mean_std)
+            and torch.is_grad_enabled()
+            and _active_hooks is not None
+            and _active_hooks(True) is None
+            and not in_backward()
+        )
 
     def _agree(self, x: Tensor, statistics: Tensor, synchronizes: bool) -> Tensor:
-        """``(2, C)``: the mean and the invstd to normalise with."""
+        """What to normalise with: see `_data_parallel_master`."""
         message = Message(statistics, samples_per_channel(x), x.dtype)
         if not synchronizes:
             return self._data_parallel_master([(0, message)])[0][1]
         if self._replication is None:
             self._replication = Replication(None, 0, self._where())
-        return self._replication.agree(message, self._data_parallel_master, recomputable=self.fused)
+        return self._replication.agree(message, self._master, recomputable=self.fused)
+
+    def _master(self, intermediates: Sequence[tuple[int, Message | Input]]) -> list[tuple[int, Any]]:
+        """Answer all replicas' messages; runs in the thread of replica 0.
+
+        Returns:
+            For every `Message`, what was agreed on. If all have brought an `Input`, their outputs. None for
+            everybody if only some have, or if theirs do not make one batch: then all come again, with a
+            `Message`.
+        """
+        messages = [(rank, message) for rank, message in intermediates if isinstance(message, Message)]
+        if len(messages) == len(intermediates):
+            return self._data_parallel_master(messages)
+        inputs = [message.x for _, message in intermediates if isinstance(message, Input)]
+        outputs: Sequence[Tensor | None] | None = None if messages else self._forward_together(inputs)
+        return list(zip((rank for rank, _ in intermediates), outputs or [None] * len(intermediates)))
+
+    def _forward_together(self, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Normalise the inputs of all replicas as one batch, if one can be made of them."""
+        count = sum(map(samples_per_channel, inputs))
+        if count < 2 or not _together.fit_together(inputs):
+            return None
+        with torch.no_grad():
+            batch = _together.join(inputs)
+            mean, m2 = _kernels.mean_and_m2(batch, count)
+            if mean.dtype != batch.dtype:  # it needs more digits than the kernels have
+                return None
+            self._move_running_statistics(mean, m2 / (count - 1))
+            var = m2 / count
+        return _together.batch_norm(inputs, batch, mean, var, self.weight, self.bias, self.eps, self._where())
 
     def _data_parallel_master(self, intermediates: Sequence[tuple[int, Message]]) -> list[tuple[int, Tensor]]:
         """Reduce the statistics of all replicas; runs once per call of the layer, in the thread of replica 0.
@@ -112,7 +181,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
             intermediates: ``[(0, message), (1, message), ...]``.
 
         Returns:
-            ``[(0, mean_invstd), (1, mean_invstd), ...]``, ``(2, C)`` each, on the replica's own device.
+            ``[(0, agreed), (1, agreed), ...]``: what to normalise with, on the replica's own device. With
+            ``fused=False`` these are mean and invstd, ``(2, C)``; else vectors for the kernels.
 
         Raises:
             TypeError: the replicas' inputs differ in dtype.
@@ -124,37 +194,43 @@ class _SynchronizedBatchNorm(_BatchNorm):
         if len(dtypes) > 1:
             got = ", ".join(f"{m.dtype} in replica {rank}" for rank, m in intermediates)
             raise TypeError(f"expected inputs of one dtype in all replicas at {self._where()!r}, got {got}")
-        samples = sum(message.samples for message in messages)
+        counts = [message.samples for message in messages]
+        samples = sum(counts)
         parts = [message.statistics for message in messages]
         processes = self._processes() if self.training else None
 
-        def finish(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        def finish(mean: Tensor, m2: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
             # Where these replicas have enough samples, nobody has to read the count of all processes.
-            total = samples if processes is None or samples > 1 else int(count[0])
-            if total == 1:
-                raise ValueError(
-                    "Expected more than 1 value per channel when training, got 1 in all replicas together at "
-                    f"{self._where()!r}"
-                )
+            total = samples if processes is None or samples > 1 else int(count)
+            check_total(total, self._where())
             if total == 0:  # nothing to learn from, nothing to normalise
                 return mean, torch.ones_like(mean)
             return self._compute_mean_std(mean, m2, count)
 
         if self.fused:
-            group = self._replication.group if self._replication is not None else None
-            chain = chain_of(parts[0], group) if processes is not None else None
-            results: Sequence[Tensor] = _nodes.merge(
-                parts, finish, self.weight, self._min_var(), self._where(), processes, chain
+            how = _nodes.Reduction(
+                counts,
+                compute_dtype(dtypes.pop()),
+                finish,
+                self.weight,
+                self.bias,
+                self._min_var(),
+                self._where(),
+                processes,
+                chain_of(parts[0], self._group()) if processes is not None else None,
             )
+            results: Sequence[Tensor] = _nodes.merge(parts, how)
         else:
-            merged = merge_statistics([part.to(parts[0].device, non_blocking=True) for part in parts])
+            device = parts[0].device
+            mean, m2 = merge_statistics([part.to(device, non_blocking=True) for part in parts], counts)
+            count: int | Tensor = samples
             if processes is not None:
-                merged = processes.merge_with_gradient(*merged)
-            mean_invstd = torch.stack(finish(*merged))
+                mean, m2, count = processes.merge_with_gradient(mean, m2, samples)
+            mean_invstd = torch.stack(finish(mean, m2, count))
             results = [mean_invstd.to(part.device, non_blocking=True) for part in parts]
         return list(zip(ranks, results))
 
-    def _compute_mean_std(self, mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_mean_std(self, mean: Tensor, m2: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
         """Move the running statistics, and return what to normalise with.
 
         An override that normalises by another formula wants ``fused=False``: the fused backward is that of
@@ -163,13 +239,12 @@ class _SynchronizedBatchNorm(_BatchNorm):
         Args:
             mean: ``(C,)``, of the whole batch.
             m2: ``(C,)``, the sum of squared deviations from it.
-            count: ``(C,)``, the number of samples behind it.
+            count: the number of samples behind it; of several processes, ``(1,)``.
 
         Returns:
             mean and invstd, ``(C,)`` each.
         """
-        if self.running_mean is not None:
-            self._move_running_statistics(mean.detach(), (m2 / (count - 1)).detach())
+        self._move_running_statistics(mean.detach(), m2.detach() / (count - 1))
         var = m2 / count
         if resolve_eps_mode(self.eps_mode) == "clamp":
             return mean, var.clamp(min=self.eps).rsqrt()
@@ -177,6 +252,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        if self.running_mean is None:
+            return
         step: Any = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -185,7 +262,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
             if running is not None:
                 # In place: what replica 0 writes here is the model's own storage.
-                running.copy_(torch.lerp(running.to(new.dtype), new, step))
+                running.lerp_(_as(running, new), _as(running, step) if isinstance(step, Tensor) else step)
 
     def _min_var(self) -> float:
         return self.eps if resolve_eps_mode(self.eps_mode) == "clamp" else 0.0
@@ -214,8 +291,16 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def _replicate_for_data_parallel(self) -> Self:
         nested = self._replication is not None and self._replication.group is not None
-        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._replication = enlist(self, self._where(), nested)
+        replica = self.__new__(type(self))
+        # As nn.Module's own, which sets one by one what it exchanges, and takes three times as long.
+        replica.__dict__.update(
+            self.__dict__,
+            _parameters={},
+            _buffers=self._buffers.copy(),
+            _modules=self._modules.copy(),
+            _is_replica=True,
+            _replication=enlist(self, self._where(), nested),
+        )
         return replica
 
     def _where(self) -> str:
@@ -269,3 +354,12 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def _state_outside_a_forward(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_replication"}
+
+
+def _as(like: Tensor, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+def _is_own(method: Any, own: Any) -> bool:
+    """Whether a layer's method is this class's own, not that of a subclass or of the very object."""
+    return getattr(method, "__func__", None) is own

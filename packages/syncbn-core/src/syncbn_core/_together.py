@@ -1,0 +1,117 @@
+"""Small batches of several replicas, normalised as the one batch that they are.
+
+Every call of torch gives Python's global lock away and takes it back. Replicas that make many short calls at
+the same time spend most of it on handing each other that lock. So where batches are small, the replicas meet
+before they do anything: they hand their inputs to replica 0, which makes one batch of them, normalises that,
+and hands everybody its part of the result.
+
+That batch is a copy of the inputs, and it is kept for backward. Large batches are not copied: there, every
+replica makes the passes over its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ._kernels import DENSE, cpu_backward
+from ._nodes import refuse_second_derivative
+
+# So many elements of a replica's input are few (measured on two cores, with 2 and 4 replicas).
+UP_TO = 2**17
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether replica 0 had better work on this input."""
+    return x.numel() <= UP_TO
+
+
+def fit_together(inputs: Sequence[Tensor]) -> bool:
+    """Whether `join` can make one batch of them that has the layout of each."""
+    first = inputs[0]
+    return all(x.shape[1:] == first.shape[1:] and x.dtype == first.dtype for x in inputs) and any(
+        all(x.is_contiguous(memory_format=layout) for x in inputs) for layout in DENSE
+    )
+
+
+def join(inputs: Sequence[Tensor]) -> Tensor:
+    """Make one batch of the inputs of all replicas, for `batch_norm`."""
+    return torch.cat([x.detach() for x in inputs])
+
+
+def batch_norm(
+    inputs: Sequence[Tensor],
+    batch: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    name: str,
+) -> tuple[Tensor, ...]:
+    """Normalise the inputs of all replicas.
+
+    Args:
+        inputs: ``(N, C, *)`` each.
+        batch: all of them, joined.
+        mean: ``(C,)``, of the batch.
+        var: ``(C,)``, of the batch.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        eps: added to the variance.
+        name: the layer's, for error messages.
+
+    Returns:
+        Each replica's output.
+    """
+    outputs: tuple[Tensor, ...] = _BatchNorm.apply(  # type: ignore[no-untyped-call]
+        batch, mean, var, eps, name, weight, bias, *inputs
+    )
+    return outputs
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        batch: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        name: str,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y = torch.native_batch_norm(batch, weight, bias, mean, var, False, 0.0, eps)[0]
+        ctx.where, ctx.eps, ctx.sizes = name, eps, [len(x) for x in inputs]
+        ctx.save_for_backward(batch, mean, (var + eps).rsqrt_(), weight)
+        # Data and not views: these would be told of the changes that are made to each other in place.
+        return tuple(each.data for each in torch.split(y, ctx.sizes))
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        batch, mean, invstd, weight = ctx.saved_tensors
+        _, _, _, _, _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
+        with torch.no_grad():
+            dx, dweight, dbias = cpu_backward(
+                torch.cat(dys),
+                batch,
+                weight,
+                None,
+                None,
+                mean,
+                invstd,
+                True,
+                ctx.eps,
+                [any(need_inputs), need_weight, need_bias],
+            )
+            dxs = (
+                [each.data for each in torch.split(dx, ctx.sizes)] if any(need_inputs) else [None] * len(dys)
+            )
+        results = [dweight if need_weight else None, dbias if need_bias else None, *dxs]
+        # The batch is a copy that needs no gradient, even if the inputs do.
+        inputs = torch.empty(0, requires_grad=any(need_inputs))
+        return *(None,) * 5, *refuse_second_derivative(ctx.where, results, [*dys, weight, inputs])
