@@ -16,6 +16,12 @@ TOLERANCES = {
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
+@pytest.fixture(params=["in a cache", "beyond it"], autouse=True)
+def _size_of_the_cache(request, monkeypatch):
+    if request.param == "beyond it":
+        monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+
+
 def channels_last(x):
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 

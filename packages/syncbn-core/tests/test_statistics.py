@@ -20,6 +20,12 @@ SHAPES = [(5, 3), (5, 3, 4), (5, 3, 4, 2), (5, 3, 4, 2, 3)]
 BOTH = pytest.mark.parametrize("statistics", [_statistics, _kernels], ids=["plain", "fused"])
 
 
+@pytest.fixture(params=["in a cache", "beyond it"], autouse=True)
+def _size_of_the_cache(request, monkeypatch):
+    if request.param == "beyond it":
+        monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+
+
 def by_numpy(x):
     """Mean and m2 per channel of ``(N, C, *)``."""
     rows = np.moveaxis(np.asarray(x.double()), 1, -1).reshape(-1, x.shape[1])

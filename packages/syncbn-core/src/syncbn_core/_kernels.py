@@ -33,8 +33,13 @@ _SHIFT_ABOVE = 10.0
 
 DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
+# Elements of a tensor beyond which a pass over it is better not made twice, and of which one is better made
+# in parts of that size if another follows on its result.
+_IN_CACHE = 2**21
+
 _ROWS = 5
 
+_cpu_forward_out = torch.ops.aten.native_batch_norm.out
 cpu_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
@@ -60,6 +65,9 @@ def local_statistics(x: Tensor) -> Tensor:
 def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     if x.dtype == dtype and x.is_contiguous():
+        found = _mean_and_m2_in_one_pass(x, count) if x.numel() > _IN_CACHE else None
+        if found is not None:
+            return found
         mean = sum_over_batch(x).div_(count)
         m2 = _cpu_gradient_sums(x, x, mean)[1]
     else:
@@ -74,6 +82,22 @@ def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         rest, m2 = _cpu_gradient_sums(deviation, deviation, torch.zeros_like(shift))
         rest = rest.double() / count
         return shift.double() + rest, m2.double() - count * rest * rest
+    return mean, m2
+
+
+def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """The same of sums around the mean of the first sample; None where that is too far from the mean.
+
+    Not from memory but from a cache, a second pass costs little, so this is for inputs that no cache holds.
+    """
+    center = x[:1].mean([axis for axis in range(x.dim()) if axis != 1])
+    total, sum_of_products = _cpu_gradient_sums(x, x, center)  # of x * (x - center)
+    mean = total / count
+    excess = (mean - center).mul_(total)
+    m2 = sum_of_products - excess
+    # How many digits m2 has lost to the mean, and to this difference.
+    if torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).sub_(excess.abs_()).min().item() < 0:
+        return None
     return mean, m2
 
 
@@ -139,6 +163,30 @@ def _cpu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0
     )[0]
     return y
+
+
+def _cpu_affine_sum(x: Tensor, slope: Tensor, constant: Tensor, dy: Tensor, scale: Tensor) -> Tensor:
+    """``x * slope + constant + dy * scale``, a few samples after the other, while a cache holds them."""
+    result = torch.empty_like(x)
+    zeros, ones = torch.zeros_like(slope), torch.ones_like(slope)
+    unused = torch.empty(0, dtype=slope.dtype)
+    samples = max(1, _IN_CACHE * len(x) // x.numel())
+    for x_part, dy_part, part in zip(*(torch.split(each, samples) for each in (x, dy, result))):
+        _cpu_forward_out(
+            x_part,
+            slope,
+            constant,
+            zeros,
+            ones,
+            False,
+            0.0,
+            0.0,
+            out=part,
+            save_mean=unused,
+            save_invstd=unused,
+        )
+        part.addcmul_(dy_part, scale)
+    return result
 
 
 def gradient_sums(dy: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
@@ -225,8 +273,12 @@ def input_gradient(dy: Tensor | None, x: Tensor, vectors: Tensor) -> Tensor:
     vectors = vectors.to(compute_dtype(x.dtype))
     if x.is_cpu:
         scale, slope, constant, _, _ = vectors.unbind()
-        dx = _cpu_affine(x, slope, constant)
-        return dx if dy is None else dx.addcmul_(dy, unsqueeze_channels(scale.to(x.dtype), x))
+        if dy is None:
+            return _cpu_affine(x, slope, constant)
+        scale = unsqueeze_channels(scale.to(x.dtype), x)
+        if x.numel() > _IN_CACHE and x.is_contiguous():
+            return _cpu_affine_sum(x, slope, constant, dy, scale)
+        return _cpu_affine(x, slope, constant).addcmul_(dy, scale)
     scale, mean, shift, slope, _ = vectors.unbind()
     if dy is None:
         dy = torch.zeros_like(x)
