@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from syncbn_comm import ReplicaGroup
-from syncbn_core import _kernels
+from syncbn_core import _kernels, _together
 from syncbn_parallel import DataParallelWithCallback
 
 
@@ -60,6 +60,8 @@ class Clocks:
             ("statistics", _kernels, "gradient_sums"),
             ("normalization", _kernels, "normalize"),
             ("normalization", _kernels, "input_gradient"),
+            ("normalization", _together, "cpu_backward"),
+            ("together", _together, "batch_norm"),
         ]
         with ExitStack() as stack:
             for name, owner, function in watched:
@@ -67,7 +69,9 @@ class Clocks:
                 stack.enter_context(patch.object(owner, function, clocked))
             stack.enter_context(patch.object(replica, "exchange", self.on("meeting", clocked_exchange)))
             yield
-        # One replica merges while the others wait for it.
-        merging = self.seconds.pop("merge") * self._replicas
-        self.seconds["statistics"] += merging
-        self.seconds["hand-off, waiting"] = self.seconds.pop("meeting") - merging
+        # One replica works while the others wait for it; on small batches it normalises for all of them.
+        working = self.seconds.pop("merge") * self._replicas
+        normalizing = self.seconds.pop("together", 0.0) * self._replicas
+        self.seconds["statistics"] += working - normalizing
+        self.seconds["normalization"] += normalizing
+        self.seconds["hand-off, waiting"] = self.seconds.pop("meeting") - working

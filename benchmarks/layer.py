@@ -25,7 +25,7 @@ import torch
 from memory import RETURNS_AT_ONCE, kept_bytes, peak_growth
 from plain_ops import PlainOpsBatchNorm2d
 from report import Target, save, table, target_table, timing_table
-from side_by_side import Row, hand_over, in_child, measure, options_of, timed, under_each_allocator
+from side_by_side import Row, hand_over, in_child, measure, options_of, timed, under_each_setting
 from torch import Tensor, nn
 
 from syncbn_core import SynchronizedBatchNorm2d
@@ -227,7 +227,7 @@ def main() -> None:
     elif options.part == "kernels":
         hand_over(kernels(options))
     else:
-        rows = under_each_allocator()
+        rows = under_each_setting()
         needs = [Memory(**each) for each in in_child("memory", RETURNS_AT_ONCE)]
         sections = {"Targets": target_table(targets_of(options), rows), "Memory": memory_table(needs)}
         if options.device == "cuda":

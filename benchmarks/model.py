@@ -23,14 +23,14 @@ from clocks import Clocks
 from nets import UNet, chain, residual_net
 from report import Target, save, table, target_table, timing_table
 from side_by_side import (
-    ALLOCATORS,
+    SETTINGS,
     Row,
     hand_over,
     in_child,
     measure,
     options_of,
     timed,
-    under_each_allocator,
+    under_each_setting,
     wait_for,
 )
 from torch import nn
@@ -153,8 +153,8 @@ def main() -> None:
     elif options.part == "shares":
         hand_over([share for net in nets for share in shares_of(net, options)])
     else:
-        rows = under_each_allocator()
-        shares = [Share(**each) for each in in_child("shares", ALLOCATORS["pinned"])]
+        rows = under_each_setting()
+        shares = [Share(**each) for each in in_child("shares", SETTINGS["pinned"])]
         synchronized = "2 synchronized"
         targets = [
             Target(f"R = 2 to {other}, {net}", limit, [((net, synchronized), (net, other))])

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from report import Target, save, target_table, timing_table
-from side_by_side import Row, hand_over, measure, options_of, timed, under_each_allocator
+from side_by_side import Row, hand_over, measure, options_of, timed, under_each_setting
 from torch import Tensor, nn
 
 from syncbn_convert import convert_model
@@ -64,7 +64,7 @@ def main() -> None:
         with broadcast_nothing(net):
             hand_over(measure(CASE, variants, options))
         return
-    rows: list[Row] = under_each_allocator()
+    rows: list[Row] = under_each_setting()
     targets = [Target("to torch's copying of modules", 1 / 3, [((CASE, OURS), (CASE, TORCH))])]
     sections = {"Targets": target_table(targets, rows), "Timings": timing_table(rows)}
     save("replication", options, sections, rows)

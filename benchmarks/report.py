@@ -13,7 +13,7 @@ from itertools import chain, product
 
 import torch
 from matplotlib.figure import Figure
-from side_by_side import ALLOCATORS, ORDERS, Row, seconds_of_others
+from side_by_side import ORDERS, SETTINGS, Row, seconds_of_others
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Target:
 
 def target_table(targets: Iterable[Target], rows: Sequence[Row]) -> str:
     """Compare each target with its ratio under every condition; the first condition counts."""
-    medians = {(row.allocator, row.order, row.case, row.variant): row.median for row in rows}
+    medians = {(row.setting, row.order, row.case, row.variant): row.median for row in rows}
     measured = {(row.case, row.variant) for row in rows}
-    conditions = list(product(ALLOCATORS, ORDERS))
+    conditions = list(product(SETTINGS, ORDERS))
     lines = []
     for target in targets:
         if not measured.issuperset(chain.from_iterable(target.ratios)):  # with --quick
@@ -45,22 +45,22 @@ def target_table(targets: Iterable[Target], rows: Sequence[Row]) -> str:
 
 def timing_table(rows: Sequence[Row]) -> str:
     """All medians, their quartiles, their ratios to the case's first variant, and page faults."""
-    header = ["case", "variant", "allocator", "order", "median µs", "quartiles", "ratio", "faults per step"]
+    header = ["case", "variant", "setting", "order", "median µs", "quartiles", "ratio", "faults per step"]
     lines = []
     for row in rows:
         low, high = row.quartiles
         spread = f"{microseconds(low)} to {microseconds(high)}"
         ratio = f"{row.median / baseline_of(row, rows).median:.2f}"
         faults = f"{row.faults:.0f}"
-        shown = (row.case, row.variant, row.allocator, row.order, microseconds(row.median))
+        shown = (row.case, row.variant, row.setting, row.order, microseconds(row.median))
         lines.append([*shown, spread, ratio, faults])
     return table(header, lines)
 
 
 def baseline_of(row: Row, rows: Sequence[Row]) -> Row:
     """The first variant of the same case, under the same conditions."""
-    same = (row.case, row.allocator, row.order)
-    return next(other for other in rows if (other.case, other.allocator, other.order) == same)
+    same = (row.case, row.setting, row.order)
+    return next(other for other in rows if (other.case, other.setting, other.order) == same)
 
 
 def microseconds(seconds: float) -> str:
@@ -90,7 +90,7 @@ def save(name: str, options: argparse.Namespace, sections: Mapping[str, str], ro
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.md").write_text(text)
-    _chart([row for row in rows if (row.allocator, row.order) == ("pinned", "blocks")]).savefig(
+    _chart([row for row in rows if (row.setting, row.order) == ("pinned", "blocks")]).savefig(
         options.output / f"{name}.png", dpi=120
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from report import Target, save, target_table, timing_table
-from side_by_side import Row, hand_over, measure, options_of, under_each_allocator
+from side_by_side import Row, hand_over, measure, options_of, under_each_setting
 
 from syncbn_comm import ReplicaGroup, SyncMaster
 
@@ -111,7 +111,7 @@ def main() -> None:
             rows += measure(f"R = {size}", variants, options)
         hand_over(rows)
         return
-    rows = under_each_allocator()
+    rows = under_each_setting()
     ours = list(makers)[1:]
     targets = []
     for size in SIZES:
@@ -121,6 +121,8 @@ def main() -> None:
     # Not from R = 2, which has two speeds: two threads may take turns on one core without waking another.
     growth = [((f"R = {SIZES[-1]}", one), (f"R = {SIZES[1]}", one)) for one in ours]
     targets.append(Target("linear growth from R = 4 to R = 64", SIZES[-1] / SIZES[1], growth))
+    bare = [((f"R = {SIZES[-1]}", "bare locks"), (f"R = {SIZES[1]}", "bare locks"))]
+    targets.append(Target("the same of bare locks, to compare with", SIZES[-1] / SIZES[1], bare))
     sections = {"Targets": target_table(targets, rows), "Timings": timing_table(rows)}
     save("rounds", options, sections, rows)
 

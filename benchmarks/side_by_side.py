@@ -25,13 +25,15 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 ORDERS = ("blocks", "turns")
-ALLOCATORS = {
-    "pinned": {  # freed memory stays with the process: a step touches no fresh page
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_TRIM_THRESHOLD_": str(2**33),
-        "MALLOC_TOP_PAD_": str(2**28),
-        "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the highest that glibc takes
-    },
+_PINNED = {  # freed memory stays with the process: a step touches no fresh page
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the highest that glibc takes
+}
+SETTINGS = {
+    "pinned": _PINNED,
+    "pinned, short spins": _PINNED | {"GOMP_SPINCOUNT": "10000"},  # of threads that wait for others of OpenMP
     "default": {},
 }
 _PASSES = 3  # over the blocks, so that a machine that changes its pace does so for every variant
@@ -51,14 +53,14 @@ class Row:
     median: float  # seconds
     quartiles: tuple[float, float]
     faults: float  # page faults per step
-    allocator: str = ""
+    setting: str = ""
 
 
 def options_of(description: str | None) -> argparse.Namespace:
     """Read the command line that all programs have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=0.6, help="for each variant, order and allocator")
+    parser.add_argument("--seconds", type=float, default=0.6, help="for each variant, order and setting")
     parser.add_argument("--quick", action="store_true", help="two steps of the smallest case: does it run?")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder for the table and the chart")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what a child process measures
@@ -131,11 +133,11 @@ def in_child(part: str, environment: Mapping[str, str]) -> list[dict[str, Any]]:
     return results
 
 
-def under_each_allocator(part: str = "timings") -> list[Row]:
-    """Measure everything with the allocator pinned, and again with it as it is."""
+def under_each_setting(part: str = "timings") -> list[Row]:
+    """Measure everything under each of the settings."""
     return [
-        Row(**{**row, "allocator": allocator})
-        for allocator, environment in ALLOCATORS.items()
+        Row(**{**row, "setting": setting})
+        for setting, environment in SETTINGS.items()
         for row in in_child(part, environment)
     ]
 

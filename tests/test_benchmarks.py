@@ -43,18 +43,19 @@ def folder_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["layer", "rounds", "model", "replication"])
-def test_every_variant_is_timed_in_blocks_and_in_turns_under_both_allocators(name, folder_of):
+def test_every_variant_is_timed_in_blocks_and_in_turns_under_every_setting(name, folder_of):
     tables = tables_of((folder_of(name) / f"{name}.md").read_text())
     conditions = {}
-    for case, variant, allocator, order, median, quartiles, ratio, faults in tables["Timings"]:
-        conditions.setdefault((case, variant), set()).add((allocator, order))
+    for case, variant, setting, order, median, quartiles, ratio, faults in tables["Timings"]:
+        conditions.setdefault((case, variant), set()).add((setting, order))
         low, high = (float(each.replace(",", "")) for each in quartiles.split(" to "))
         assert 0 < low <= float(median.replace(",", "")) <= high
         assert float(ratio) > 0
         assert int(faults) >= 0
-    four = {(allocator, order) for allocator in ("pinned", "default") for order in ("blocks", "turns")}
+    settings = ("pinned", "pinned, short spins", "default")
+    all_conditions = {(setting, order) for setting in settings for order in ("blocks", "turns")}
     assert len(conditions) > 1
-    assert all(each == four for each in conditions.values())
+    assert all(each == all_conditions for each in conditions.values())
     assert tables["Targets"]
     assert {row[-1] for row in tables["Targets"]} <= {"yes", "**no**"}
     assert (folder_of(name) / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,7 @@ from ._kernels import DENSE, cpu_backward
 from ._nodes import refuse_second_derivative
 
 # So many elements of a replica's input are few (measured on two cores, with 2 and 4 replicas).
-UP_TO = 2**17
+UP_TO = 2**18
 
 
 def is_small(x: Tensor) -> bool:
