@@ -13,6 +13,11 @@ from syncbn_core import (
     SynchronizedBatchNorm3d,
     _together,
 )
+from syncbn_core._replication import may_be_intercepted
+
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < (2, 8), reason="this torch does not tell whether what is saved is intercepted"
+)
 
 C = 4
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -512,3 +517,11 @@ def test_halves_are_not_one_batch(dtype, half_layer, layer_of, run_replicas, joi
     layer = layer_of(dtype=dtype if half_layer else torch.float32)
     run_replicas(layer, chunks_of(2, 1, dtype=dtype))
     assert joined == []
+
+
+def test_torch_tells_whether_what_is_saved_is_intercepted():
+    # Private to torch: without it, every test here would fail.
+    assert not may_be_intercepted()
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert may_be_intercepted()
+    assert not may_be_intercepted()

@@ -1,5 +1,7 @@
 """The three autograd nodes of the fused path: one graph for all replicas.
 
+They do in every case. In two that are common, `_together` and `_lone` do the same with a single node.
+
 ::
 
     x_i --> Gather_i --(statistics)--> Merge --(mean, invstd...)--> Apply_i --> y_i

@@ -165,3 +165,14 @@ def _same(tensor: Tensor) -> Tensor:
 def in_backward() -> bool:
     """Whether this thread is inside of a backward. Torch has no public way to ask."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def may_be_intercepted() -> bool:
+    """Whether hooks may intercept what this thread saves for backward.
+
+    Torch has no public way to ask, and before version 2.8 no way at all.
+    """
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    except (AttributeError, TypeError):
+        return True

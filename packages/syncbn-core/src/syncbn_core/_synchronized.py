@@ -14,11 +14,9 @@ from . import _kernels, _lone, _nodes, _statistics, _together
 from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
 from ._order import chain_of
 from ._processes import Processes, Scope, processes_of
-from ._replication import Input, Message, Replication, ReplicationContext, in_backward
+from ._replication import Input, Message, Replication, ReplicationContext, in_backward, may_be_intercepted
 from ._statistics import check_total, compute_dtype, merge_statistics, samples_per_channel
 from ._stock import enlist
-
-_active_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class _SynchronizedBatchNorm(_BatchNorm):
@@ -120,8 +118,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         """Whether nothing is asked for but what torch's own layer does on a CPU.
 
         Nothing may be recomputed either, and what is saved for backward not be intercepted, as in a gradient
-        checkpoint: it is not always saved by the thread that this is. Torch has no public way to ask, and its
-        earlier versions no way at all.
+        checkpoint: it is not always saved by the thread that this is.
         """
         return (
             input.is_cpu
@@ -131,9 +128,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
             and _is_own(self._data_parallel_master, _SynchronizedBatchNorm._data_parallel_master)
             and _is_own(self._compute_mean_std, _SynchronizedBatchNorm._compute_mean_std)
             and torch.is_grad_enabled()
-            and _active_hooks is not None
-            and _active_hooks(True) is None
             and not in_backward()
+            and not may_be_intercepted()
         )
 
     def _agree(self, x: Tensor, statistics: Tensor, synchronizes: bool) -> Tensor:
