@@ -63,6 +63,10 @@ def local_statistics(x: Tensor) -> Tensor:
 
 
 def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and m2 of a batch on the CPU, of ``count`` samples per channel, at least 1.
+
+    They are of the dtype of the arithmetic; or of float64 where that has not digits enough.
+    """
     dtype = compute_dtype(x.dtype)
     if x.dtype == dtype and x.is_contiguous():
         found = _mean_and_m2_in_one_pass(x, count) if x.numel() > _IN_CACHE else None

@@ -205,15 +205,15 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
         if self.fused:
             how = _nodes.Reduction(
-                counts,
-                compute_dtype(dtypes.pop()),
-                finish,
-                self.weight,
-                self.bias,
-                self._min_var(),
-                self._where(),
-                processes,
-                chain_of(parts[0], self._group()) if processes is not None else None,
+                counts=counts,
+                dtype=compute_dtype(dtypes.pop()),
+                finish=finish,
+                weight=self.weight,
+                bias=self.bias,
+                min_var=self._min_var(),
+                name=self._where(),
+                processes=processes,
+                chain=chain_of(parts[0], self._group()) if processes is not None else None,
             )
             results: Sequence[Tensor] = _nodes.merge(parts, how)
         else:
@@ -235,7 +235,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         Args:
             mean: ``(C,)``, of the whole batch.
             m2: ``(C,)``, the sum of squared deviations from it.
-            count: the number of samples behind it; of several processes, ``(1,)``.
+            count: the number of samples behind it; of several processes perhaps as a tensor, ``(1,)``.
 
         Returns:
             mean and invstd, ``(C,)`` each.
