@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest.importorskip("matplotlib")
@@ -64,7 +65,7 @@ def test_every_variant_is_timed_in_blocks_and_in_turns_under_every_setting(name,
 def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_plain_operations(folder_of):
     rows = tables_of((folder_of("layer") / "layer.md").read_text())["Memory"]
     assert {"2 synchronized", "4 plain ops"} < {row[1] for row in rows}
-    batch = 4 * 8 * 8  # in vectors of C
+    batch = 4 * 8 * 8 if torch.__version__ >= (2, 8) else 0  # in vectors of C
     for _, variant, _, vectors, *_ in rows:
         beyond = int(vectors) - (batch if variant.endswith(" synchronized") else 0)
         assert (0 <= beyond < 50) == ("plain" not in variant)
