@@ -5,9 +5,9 @@ Four passes over big tensors, each for the CPU, for CUDA, and by plain operation
 ================  =====================================  =============================
 pass              reads -> writes                        in
 ================  =====================================  =============================
-local_statistics  x -> mean, m2                            forward, where data enters
+local_statistics  x -> mean, m2                          forward, where data enters
 normalize         x -> y                                 forward, where data leaves
-gradient_sums     dy, x -> two sums                     backward, where dy enters
+gradient_sums     dy, x -> two sums                      backward, where dy enters
 input_gradient    dy, x -> dx                            backward, where dx leaves
 ================  =====================================  =============================
 
@@ -94,7 +94,7 @@ def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | N
 
     Not from memory but from a cache, a second pass costs little, so this is for inputs that no cache holds.
     """
-    center = x[:1].mean([axis for axis in range(x.dim()) if axis != 1])
+    center = sum_over_batch(x[:1]).mul_(len(x) / count)
     total, sum_of_products = _cpu_gradient_sums(x, x, center)  # of x * (x - center)
     mean = total / count
     excess = (mean - center).mul_(total)
@@ -127,9 +127,7 @@ def forward_vectors(
         In ``dtype``: mean; what its rounding to ``dtype`` has added to it; invstd; and the scale and shift
         with which y is ``x * scale + shift``.
     """
-    shift = mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-    if bias is None:
-        shift = shift.neg_()
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
     return _packed(mean, mean.to(dtype) - mean, invstd, scale, shift).to(dtype)
 
 
