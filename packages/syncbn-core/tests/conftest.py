@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn_comm import ReplicaGroup
-from syncbn_core import _together
+from syncbn_core import _synchronized, _together
 from syncbn_core._replication import may_be_intercepted
 
 JOIN_SECONDS = 60.0
@@ -144,17 +144,19 @@ def _same_random_numbers_for_every_test() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["together", "apart"])
+@pytest.fixture(params=["together", "apart", "three nodes"])
 def together_or_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let small batches be normalised as one, and then by each replica itself, as large ones are.
+    """Let small batches be normalised as one; then each for itself, as large ones are; then by three nodes.
 
     The batches of tests are all small. A module opts in by ``pytest.mark.usefixtures``; a test for which
-    there is but one of the two takes that by an indirect parametrization.
+    there is but one of the ways takes that by an indirect parametrization.
     """
-    if request.param == "apart":
-        monkeypatch.setattr(_together, "UP_TO", -1)
+    if request.param == "three nodes":
+        monkeypatch.setattr(_synchronized, "may_be_intercepted", lambda: True)
     elif may_be_intercepted():
         pytest.skip("this torch does not tell whether what is saved for backward is intercepted")
+    elif request.param == "apart":
+        monkeypatch.setattr(_together, "UP_TO", -1)
     way: str = request.param
     return way
 

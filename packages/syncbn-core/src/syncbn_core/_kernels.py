@@ -37,6 +37,9 @@ DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 # in parts of that size if another follows on its result.
 _IN_CACHE = 2**21
 
+# Elements of a tensor up to which calls on vectors count beside a pass over it.
+_FEW = 2**15
+
 _ROWS = 5
 
 _cpu_forward_out = torch.ops.aten.native_batch_norm.out
@@ -156,39 +159,89 @@ def normalize(x: Tensor, vectors: Tensor, weight: Tensor | None, bias: Tensor | 
     return _statistics.normalize(x, mean, invstd, weight, bias)
 
 
-def _cpu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _cpu_affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """``x * scale + shift`` in one pass."""
-    if x.dtype == scale.dtype and not x.is_contiguous() and _is_dense(x):
-        return torch.addcmul(unsqueeze_channels(shift, x), x, unsqueeze_channels(scale, x))
-    # Faster where a channel's values lie side by side: an evaluation-mode batch norm of mean 0, variance 1.
-    y: Tensor = torch.native_batch_norm(
-        x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0
-    )[0]
-    return y
+    if _suits_addcmul(x, scale):
+        return torch.addcmul(unsqueeze_channels(shift, x), x, unsqueeze_channels(scale, x), out=out)
+    return _cpu_evaluate(x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), 0.0, out)
 
 
-def _cpu_affine_sum(x: Tensor, slope: Tensor, constant: Tensor, dy: Tensor, scale: Tensor) -> Tensor:
-    """``x * slope + constant + dy * scale``, a few samples after the other, while a cache holds them."""
-    result = torch.empty_like(x)
-    zeros, ones = torch.zeros_like(slope), torch.ones_like(slope)
-    unused = torch.empty(0, dtype=slope.dtype)
+def _suits_addcmul(x: Tensor, vector: Tensor) -> bool:
+    """Whether that is faster than a batch norm: where the channels of a sample lie side by side."""
+    return x.dtype == vector.dtype and not x.is_contiguous() and is_dense(x)
+
+
+def _cpu_evaluate(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Torch's batch norm in evaluation mode."""
+    if out is None:
+        y: Tensor = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+        return y
+    unused = mean.new_empty(0)
+    _cpu_forward_out(
+        x, weight, bias, mean, var, False, 0.0, eps, out=out, save_mean=unused, save_invstd=unused
+    )
+    return out
+
+
+def cpu_normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` in one pass.
+
+    Args:
+        x: ``(N, C, *)``.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        mean: ``(C,)``.
+        var: ``(C,)``.
+        eps: added to the variance.
+        out: where to write the result, as ``x`` in shape, dtype and layout, if it is not to be a new tensor.
+    """
+    if x.numel() <= _FEW or not _suits_addcmul(x, mean):
+        return _cpu_evaluate(x, weight, bias, mean, var, eps, out)
+    scale = (var + eps).rsqrt_()
+    if weight is not None:
+        scale.mul_(weight)
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+    return _cpu_affine(x, scale, shift, out)
+
+
+def cpu_input_gradient(
+    dy: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    """``dy * scale + (x - mean) / sqrt(var + eps) * slope + shift``; the vectors are ``(C,)`` each."""
+    if dy is None:
+        return cpu_normalize(x, slope, shift, mean, var, eps)
+    scale = unsqueeze_channels(scale.to(x.dtype), x)
+    if x.numel() <= _IN_CACHE or not x.is_contiguous():
+        return cpu_normalize(x, slope, shift, mean, var, eps).addcmul_(dy, scale)
+    # A few samples after the other, while a cache holds them.
+    dx = torch.empty_like(x)
     samples = max(1, _IN_CACHE * len(x) // x.numel())
-    for x_part, dy_part, part in zip(*(torch.split(each, samples) for each in (x, dy, result))):
-        _cpu_forward_out(
-            x_part,
-            slope,
-            constant,
-            zeros,
-            ones,
-            False,
-            0.0,
-            0.0,
-            out=part,
-            save_mean=unused,
-            save_invstd=unused,
-        )
-        part.addcmul_(dy_part, scale)
-    return result
+    for dy_part, x_part, dx_part in zip(*(torch.split(each, samples) for each in (dy, x, dx))):
+        cpu_normalize(x_part, slope, shift, mean, var, eps, out=dx_part).addcmul_(dy_part, scale)
+    return dx
 
 
 def gradient_sums(dy: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
@@ -206,7 +259,7 @@ def gradient_sums(dy: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         sum_dy, sum_dy_xmu = _cpu_gradient_sums(dy, x, mean)
     elif x.is_cuda:
         reduce = torch.batch_norm_backward_reduce
-        sum_dy, sum_dy_xmu = reduce(_laid_out_as(x, dy), x, mean, invstd, None, True, False, False)[:2]
+        sum_dy, sum_dy_xmu = reduce(laid_out_as(x, dy), x, mean, invstd, None, True, False, False)[:2]
     else:
         dy, x = dy.to(mean.dtype), x.to(mean.dtype)
         sum_dy, sum_dy_xmu = sum_over_batch(dy), sum_over_batch(dy * (x - unsqueeze_channels(mean, x)))
@@ -214,23 +267,35 @@ def gradient_sums(dy: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
     return _packed(sum_dy, sum_dy_xmu.addcmul_(sum_dy, rounding))
 
 
-def _laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
-    """``dy`` with the strides of ``x``: the kernels for CUDA read both by one of the two layouts."""
+def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
+    """``dy`` with the strides of ``x``, or a copy with them.
+
+    The kernels for CUDA read both by one of the two layouts, and those for halves on the CPU are exact then.
+    """
     return dy if dy.stride() == x.stride() else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
 def _cpu_gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    # The gradients of bias and weight of an evaluation-mode batch norm of variance 1. This kernel divides by
-    # the number of samples: with none of them it takes the whole process along.
-    ones = torch.ones_like(mean)
-    _, sum_dy_xmu, sum_dy = cpu_backward(dy, x, None, mean, ones, None, None, False, 0.0, [False, True, True])
-    if dy.dtype != mean.dtype and not (dy.stride() == x.stride() and _is_dense(x)):
+    return cpu_gradient_sums(dy, x, mean, torch.ones_like(mean), 0.0)
+
+
+def cpu_gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sums of ``dy`` and of ``dy * (x - mean) / sqrt(var + eps)``, ``(C,)`` each.
+
+    These are the gradients of bias and weight of a batch norm in evaluation mode. There has to be a sample:
+    the kernel divides by their number, and would take the whole process along.
+    """
+    _, sum_dy_normalized, sum_dy = cpu_backward(
+        dy, x, None, mean, var, None, None, False, eps, [False, True, True]
+    )
+    if dy.dtype != mean.dtype and not (dy.stride() == x.stride() and is_dense(x)):
         # Of halves in other layouts this kernel rounds the sum to a half.
         sum_dy = sum_over_batch(dy.to(mean.dtype))
-    return sum_dy, sum_dy_xmu
+    return sum_dy, sum_dy_normalized
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
+    """Whether ``x`` has one of the layouts that the kernels are fast for."""
     return any(x.is_contiguous(memory_format=layout) for layout in DENSE)
 
 
@@ -275,12 +340,8 @@ def input_gradient(dy: Tensor | None, x: Tensor, vectors: Tensor) -> Tensor:
     vectors = vectors.to(compute_dtype(x.dtype))
     if x.is_cpu:
         scale, slope, constant, _, _ = vectors.unbind()
-        if dy is None:
-            return _cpu_affine(x, slope, constant)
-        scale = unsqueeze_channels(scale.to(x.dtype), x)
-        if x.numel() > _IN_CACHE and x.is_contiguous():
-            return _cpu_affine_sum(x, slope, constant, dy, scale)
-        return _cpu_affine(x, slope, constant).addcmul_(dy, scale)
+        mean, var = torch.zeros_like(slope), torch.ones_like(slope)
+        return cpu_input_gradient(dy, x, scale, slope, constant, mean, var, 0.0)
     scale, mean, shift, slope, _ = vectors.unbind()
     if dy is None:
         dy = torch.zeros_like(x)
@@ -288,6 +349,6 @@ def input_gradient(dy: Tensor | None, x: Tensor, vectors: Tensor) -> Tensor:
         # sum_dy / count and sum_dy_xmu * invstd**2 / count are what the kernel makes of its arguments.
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         ones = torch.ones_like(mean)
-        return torch.batch_norm_backward_elemt(_laid_out_as(x, dy), x, mean, ones, scale, shift, slope, one)
+        return torch.batch_norm_backward_elemt(laid_out_as(x, dy), x, mean, ones, scale, shift, slope, one)
     scale, mean, shift, slope = (unsqueeze_channels(vector, x) for vector in (scale, mean, shift, slope))
     return (scale * (dy - shift - slope * (x - mean))).to(x.dtype)

@@ -1,6 +1,6 @@
 """The three autograd nodes of the fused path: one graph for all replicas.
 
-They do in every case. In two that are common, `_together` and `_lone` do the same with a single node.
+They do in every case. In those that are common on a CPU, `_together` and `_apart` do it with a single node.
 
 ::
 

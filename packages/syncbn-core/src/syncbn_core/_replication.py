@@ -25,16 +25,6 @@ class Message(NamedTuple):
     dtype: torch.dtype
 
 
-class Input(NamedTuple):
-    """What a replica of few samples brings instead: the samples.
-
-    Attributes:
-        x: ``(N, C, *)``.
-    """
-
-    x: Tensor
-
-
 Master = Callable[[Sequence[tuple[int, Any]]], list[tuple[int, Any]]]
 """``[(rank, message), ...] -> [(rank, answer), ...]``, in replica 0's thread."""
 
@@ -109,12 +99,12 @@ class Replication:
                 "layer could synchronize the replicas of the inner one alone; give all devices to the outer"
             )
         agreed = self.meet(message, master)
-        if agreed is None:  # there was another round, of inputs
+        if agreed is None:  # others have come with something else, and come again
             agreed = self.meet(message, master)
         self._remember(message.statistics.detach(), agreed)
         return cast(Tensor, agreed)
 
-    def meet(self, message: Message | Input, master: Master) -> Any:
+    def meet(self, message: Any, master: Master) -> Any:
         """Meet the other replicas, for good or ill."""
         if self.group is None:
             return master([(0, message)])[0][1]

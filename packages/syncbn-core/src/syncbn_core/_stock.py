@@ -19,7 +19,7 @@ from torch.nn.parallel import replicate as torch_replicate
 
 from syncbn_comm import BrokenSyncError, ReplicaGroup
 
-from ._replication import Input, Master, Message, Replication
+from ._replication import Master, Replication
 
 _REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call patch_replication_callback"
 
@@ -104,7 +104,7 @@ class _Forward:
 class StockReplication(Replication):
     """One replica's place among those that a stock ``nn.DataParallel`` made."""
 
-    def meet(self, message: Message | Input, master: Master) -> Any:
+    def meet(self, message: Any, master: Master) -> Any:
         """Meet the other replicas, with this thread's end as the end of this one."""
         group = self.group
         attendance = getattr(_running, "attendance", None)

@@ -10,11 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn_comm import ReplicaGroup
 
-from . import _kernels, _lone, _nodes, _statistics, _together
+from . import _apart, _kernels, _nodes, _statistics, _together
 from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
 from ._order import chain_of
 from ._processes import Processes, Scope, processes_of
-from ._replication import Input, Message, Replication, ReplicationContext, in_backward, may_be_intercepted
+from ._replication import Message, Replication, ReplicationContext, in_backward, may_be_intercepted
 from ._statistics import check_total, compute_dtype, merge_statistics, samples_per_channel
 from ._stock import enlist
 
@@ -101,18 +101,18 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def _forward_at_once(self, input: Tensor, processes: Processes | None) -> Tensor | None:
         """The output, where one node can do what else takes three for every replica."""
-        replication = self._replication
-        if replication is None or replication.group is None:
-            if processes is None or not input.numel():
-                return None
-            move, chain = self._move_running_statistics, chain_of(input, None)
-            return _lone.batch_norm(
-                input, self.weight, self.bias, self.eps, move, self._where(), processes, chain
-            )
-        if processes is not None or replication.nested or not _together.is_small(input):
+        place = self._place()
+        if place.nested:
             return None
-        y: Tensor | None = replication.meet(Input(input), self._master)
-        return y
+        if place.group is not None and processes is None and _together.is_small(input):
+            y: Tensor | None = place.meet(_together.Input(input), self._master)
+            return y
+        if not (input.numel() and _kernels.is_dense(input)):
+            return None
+        output: _apart.Output | None = place.meet(_apart.enter(input), self._master)
+        if output is None:
+            return None
+        return _apart.leave(output, input, self.weight, self.bias, self.eps)
 
     def _is_plain(self, input: Tensor) -> bool:
         """Whether nothing is asked for but what torch's own layer does on a CPU.
@@ -120,10 +120,10 @@ class _SynchronizedBatchNorm(_BatchNorm):
         Nothing may be recomputed either, and what is saved for backward not be intercepted, as in a gradient
         checkpoint: it is not always saved by the thread that this is.
         """
+        dtype = compute_dtype(input.dtype)
         return (
             input.is_cpu
-            and input.dtype in (torch.float32, torch.float64)
-            and all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias, self.running_mean))
+            and all(t is None or t.dtype == dtype for t in (self.weight, self.bias, self.running_mean))
             and resolve_eps_mode(self.eps_mode) == "plus"
             and _is_own(self._data_parallel_master, _SynchronizedBatchNorm._data_parallel_master)
             and _is_own(self._compute_mean_std, _SynchronizedBatchNorm._compute_mean_std)
@@ -137,24 +137,32 @@ class _SynchronizedBatchNorm(_BatchNorm):
         message = Message(statistics, samples_per_channel(x), x.dtype)
         if not synchronizes:
             return self._data_parallel_master([(0, message)])[0][1]
+        return self._place().agree(message, self._master, recomputable=self.fused)
+
+    def _place(self) -> Replication:
+        """This replica's place among the others, or alone."""
         if self._replication is None:
             self._replication = Replication(None, 0, self._where())
-        return self._replication.agree(message, self._master, recomputable=self.fused)
+        return self._replication
 
-    def _master(self, intermediates: Sequence[tuple[int, Message | Input]]) -> list[tuple[int, Any]]:
-        """Answer all replicas' messages; runs in the thread of replica 0.
+    def _master(self, intermediates: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """Answer the messages of all replicas; runs in the thread of replica 0.
 
         Returns:
-            For every `Message`, what was agreed on. If all have brought an `Input`, their outputs. None for
-            everybody if only some have, or if theirs do not make one batch: then all come again, with a
-            `Message`.
+            For every `Message`, what was agreed on; for every `_together.Input`, the output; for every
+            `_apart.Share`, the output still to be written. None for everybody, if the messages are of several
+            kinds or do not suit each other: then all come again, with a `Message`.
         """
-        messages = [(rank, message) for rank, message in intermediates if isinstance(message, Message)]
-        if len(messages) == len(intermediates):
-            return self._data_parallel_master(messages)
-        inputs = [message.x for _, message in intermediates if isinstance(message, Input)]
-        outputs: Sequence[Tensor | None] | None = None if messages else self._forward_together(inputs)
-        return list(zip((rank for rank, _ in intermediates), outputs or [None] * len(intermediates)))
+        ranks, messages = zip(*intermediates)
+        kinds = set(map(type, messages))
+        if kinds == {Message}:
+            return self._data_parallel_master(intermediates)
+        answers: Sequence[Any] | None = None
+        if kinds == {_together.Input}:
+            answers = self._forward_together([message.x for message in messages])
+        elif kinds == {_apart.Share}:
+            answers = self._forward_apart(messages)
+        return list(zip(ranks, answers or [None] * len(ranks)))
 
     def _forward_together(self, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """Normalise the inputs of all replicas as one batch, if one can be made of them."""
@@ -164,11 +172,28 @@ class _SynchronizedBatchNorm(_BatchNorm):
         with torch.no_grad():
             batch = _together.join(inputs)
             mean, m2 = _kernels.mean_and_m2(batch, count)
-            if mean.dtype != batch.dtype:  # it needs more digits than the kernels have
+            if mean.dtype != compute_dtype(batch.dtype):  # it needs more digits than the kernels have
                 return None
             self._move_running_statistics(mean, m2 / (count - 1))
             var = m2 / count
         return _together.batch_norm(inputs, batch, mean, var, self.weight, self.bias, self.eps, self._where())
+
+    def _forward_apart(self, shares: Sequence[_apart.Share]) -> Sequence[_apart.Output] | None:
+        """Prepare the outputs of all replicas, each of which has a batch of its own."""
+        processes = self._processes()
+        dtypes = {share.x.dtype for share in shares}
+        if len(dtypes) > 1 or (processes is None and sum(share.samples for share in shares) < 2):
+            return None
+        how = _apart.Reduction(
+            weight=self.weight,
+            bias=self.bias,
+            eps=self.eps,
+            move=self._move_running_statistics,
+            name=self._where(),
+            processes=processes,
+            chain=chain_of(shares[0].x, self._group()) if processes is not None else None,
+        )
+        return _apart.reduce(shares, how)
 
     def _data_parallel_master(self, intermediates: Sequence[tuple[int, Message]]) -> list[tuple[int, Tensor]]:
         """Reduce the statistics of all replicas; runs once per call of the layer, in the thread of replica 0.

@@ -10,17 +10,27 @@ replica makes the passes over its own.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._kernels import DENSE, cpu_backward
+from ._kernels import DENSE, cpu_backward, laid_out_as
 from ._nodes import refuse_second_derivative
 
 # So many elements of a replica's input are few (measured on two cores, with 2 and 4 replicas).
 UP_TO = 2**18
+
+
+class Input(NamedTuple):
+    """What a replica brings.
+
+    Attributes:
+        x: its input, ``(N, C, *)``.
+    """
+
+    x: Tensor
 
 
 def is_small(x: Tensor) -> bool:
@@ -97,7 +107,7 @@ class _BatchNorm(Function):
         _, _, _, _, _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
         with torch.no_grad():
             dx, dweight, dbias = cpu_backward(
-                torch.cat(dys),
+                laid_out_as(batch, torch.cat(dys)),
                 batch,
                 weight,
                 None,

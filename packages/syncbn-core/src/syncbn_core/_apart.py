@@ -1,0 +1,211 @@
+"""The replicas of this process, each with a batch of its own, as one autograd node; on the CPU.
+
+What Gather, Merge and Apply do, in half as many calls of torch and without their way through autograd for
+every replica. Where a process has a single replica of few samples, these calls are what a layer costs, and
+not the processes' talk. Other processes may work by the three nodes meanwhile: what is sent is the same.
+
+`enter` and `leave` run in each replica's thread, `reduce` in that of replica 0. The node has to have an
+output for every replica before there is one: `reduce` makes them, and `leave` writes them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _kernels
+from ._nodes import refuse_second_derivative
+from ._order import Chain
+from ._processes import Processes
+from ._statistics import check_total, compute_dtype, merge_statistics, samples_per_channel
+
+Move = Callable[[Tensor, Tensor], None]
+"""(mean, unbiased variance) of the whole batch -> None; moves the running statistics."""
+
+
+class Share(NamedTuple):
+    """What a replica brings.
+
+    Attributes:
+        x: its input.
+        mean: ``(C,)``, of that.
+        m2: ``(C,)``, of that.
+        samples: how many are behind them.
+    """
+
+    x: Tensor
+    mean: Tensor
+    m2: Tensor
+    samples: int
+
+
+class Reduction(NamedTuple):
+    """What the reduction needs to know beside the statistics.
+
+    Attributes:
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        eps: added to the variance.
+        move: what to do with the statistics.
+        name: the layer's, for error messages.
+        processes: those to merge with; None for this one alone.
+        chain: where there are several, the order of their backward collectives.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    move: Move
+    name: str
+    processes: Processes | None
+    chain: Chain | None
+
+
+class Output(NamedTuple):
+    """What a replica gets.
+
+    Attributes:
+        y: its output, not yet written.
+        mean: ``(C,)``, to normalise with.
+        var: ``(C,)``, to normalise with.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def enter(x: Tensor) -> Share:
+    """Where data enters.
+
+    Args:
+        x: ``(N, C, *)``, N at least 1.
+    """
+    samples = samples_per_channel(x)
+    with torch.no_grad():
+        return Share(x, *_kernels.mean_and_m2(x, samples), samples)
+
+
+def reduce(shares: Sequence[Share], how: Reduction) -> Sequence[Output]:
+    """Where data is reduced: the shares of all replicas -> what each of them gets.
+
+    Raises:
+        ValueError: there is one sample in all processes together.
+        BrokenSyncError: another process failed or did not come.
+    """
+    previous = how.chain.take() if how.chain is not None else None
+    with torch.no_grad():
+        whole = _whole(shares, how)
+    inputs = [share.x for share in shares]
+    *ys, _ = _BatchNorm.apply(how, whole, previous, how.weight, how.bias, *inputs)  # type: ignore[no-untyped-call]
+    if how.chain is not None and ys[0].grad_fn is not None:
+        how.chain.give_node(ys[0].grad_fn)
+    return [Output(y, whole.mean, whole.var) for y in ys]
+
+
+def leave(output: Output, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Where data leaves: write this replica's output, and return it."""
+    y, mean, var = output
+    with torch.no_grad():
+        _kernels.cpu_normalize(x, weight, bias, mean, var, eps, out=y.detach())
+    return y
+
+
+class _Whole(NamedTuple):
+    """The statistics of the whole batch, ``(C,)`` each in the dtype of the arithmetic.
+
+    Attributes:
+        mean: of it.
+        var: of it.
+        rounding: what the mean has gained by its rounding, in standard deviations; None if that is nothing.
+        samples: how many it has.
+    """
+
+    mean: Tensor
+    var: Tensor
+    rounding: Tensor | None
+    samples: int
+
+
+def _whole(shares: Sequence[Share], how: Reduction) -> _Whole:
+    samples = sum(share.samples for share in shares)
+    if len(shares) == 1:
+        _, mean, m2, _ = shares[0]
+    else:
+        parts = [torch.stack([share.mean, share.m2]).double() for share in shares]
+        mean, m2 = merge_statistics(parts, [share.samples for share in shares])
+    if how.processes is not None:
+        mean, m2, total = how.processes.merge(mean, m2, samples)
+        samples = int(total)
+    check_total(samples, how.name)
+    dtype = compute_dtype(shares[0].x.dtype)
+    narrow, var = mean.to(dtype), (m2 / samples).to(dtype)
+    how.move(narrow, var * (samples / (samples - 1)))
+    # Only a mean far from 0 loses something that counts to its rounding.
+    is_far = any(share.mean.dtype != dtype for share in shares)
+    rounding = ((narrow - mean) * (var + how.eps).rsqrt()).to(dtype) if is_far else None
+    return _Whole(narrow, var, rounding, samples)
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: Reduction,
+        whole: _Whole,
+        previous: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # Not `how` itself: a graph that held the layer could hold itself.
+        ctx.where, ctx.processes, ctx.chain, ctx.eps = how.name, how.processes, how.chain, how.eps
+        ctx.whole = whole
+        ctx.set_materialize_grads(False)
+        link = whole.mean.new_empty(0)
+        ctx.save_for_backward(*inputs, weight, link)
+        return *map(torch.empty_like, inputs), link
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, weight, _ = ctx.saved_tensors
+        *dys, _ = grads
+        _, _, _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
+        mean, var, rounding, samples = ctx.whole
+        if ctx.chain is not None:
+            ctx.chain.over = True
+        dweight = dbias = None
+        dxs: list[Tensor | None] = [None] * len(inputs)
+        with torch.no_grad():
+            for x, dy in zip(inputs, dys):  # in rank order
+                if dy is None:
+                    continue
+                sum_dy, sum_dy_normalized = _kernels.cpu_gradient_sums(dy, x, mean, var, ctx.eps)
+                dbias = sum_dy if dbias is None else dbias.add_(sum_dy)
+                dweight = sum_dy_normalized if dweight is None else dweight.add_(sum_dy_normalized)
+            if dbias is None or dweight is None:
+                # Reached by the chain alone, it has nothing to add, but other processes may.
+                sums = mean.new_zeros(2, len(mean), dtype=torch.float64)
+            else:
+                if rounding is not None:
+                    dweight.addcmul_(dbias, rounding)
+                sums = torch.stack([dbias, dweight]).double()
+            if ctx.processes is not None:
+                sums = ctx.processes.sum(sums)
+            if any(need_inputs):
+                if rounding is not None:
+                    sums[0].addcmul_(sums[1], rounding)
+                scale = (var + ctx.eps).rsqrt_()
+                if weight is not None:
+                    scale.mul_(weight)
+                shift, slope = (sums * (scale / -samples)).to(mean.dtype).unbind()
+                # The last one first: what has been read just now is in the caches.
+                for rank in reversed(range(len(inputs))):
+                    if need_inputs[rank]:
+                        dxs[rank] = _kernels.cpu_input_gradient(
+                            dys[rank], inputs[rank], scale, slope, shift, mean, var, ctx.eps
+                        )
+        results = [dweight if need_weight else None, dbias if need_bias else None, *dxs]
+        return None, None, None, *refuse_second_derivative(ctx.where, results, [*dys, weight, *inputs])
