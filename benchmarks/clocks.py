@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from syncbn_comm import ReplicaGroup
-from syncbn_core import _kernels, _together
+from syncbn_core import _apart, _kernels, _together
 from syncbn_parallel import DataParallelWithCallback
 
 
@@ -26,6 +26,7 @@ class Clocks:
         self.seconds: Counter[str] = Counter()
         self._replicas = replicas
         self._lock = threading.Lock()
+        self._thread = threading.local()
 
     def on(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Add the time of each call to the name's."""
@@ -36,6 +37,21 @@ class Clocks:
                 return function(*arguments, **keywords)
             finally:
                 self.add(name, time.perf_counter() - start)
+
+        return run
+
+    def on_outermost(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, unless a clock of this kind runs already in the thread that calls."""
+        clocked = self.on(name, function)
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            if getattr(self._thread, "runs", False):
+                return function(*arguments, **keywords)
+            self._thread.runs = True
+            try:
+                return clocked(*arguments, **keywords)
+            finally:
+                self._thread.runs = False
 
         return run
 
@@ -54,22 +70,30 @@ class Clocks:
         def clocked_exchange(self_: Any, message: Any, combine: Callable[..., Any], **keywords: Any) -> Any:
             return exchange(self_, message, self.on("merge", combine), **keywords)
 
-        watched = [
-            ("replication", DataParallelWithCallback, "replicate"),
+        replicate = ("replication", DataParallelWithCallback, "replicate")
+        on_tensors = [
             ("statistics", _kernels, "local_statistics"),
             ("statistics", _kernels, "gradient_sums"),
+            ("statistics", _kernels, "cpu_gradient_sums"),
+            ("statistics", _apart, "enter"),
             ("normalization", _kernels, "normalize"),
             ("normalization", _kernels, "input_gradient"),
+            ("normalization", _kernels, "cpu_input_gradient"),
+            ("normalization", _apart, "leave"),
             ("normalization", _together, "cpu_backward"),
             ("together", _together, "batch_norm"),
         ]
         with ExitStack() as stack:
-            for name, owner, function in watched:
-                clocked = self.on(name, getattr(owner, function))
+            for clock, (name, owner, function) in [
+                (self.on, replicate),
+                *((self.on_outermost, one) for one in on_tensors),
+            ]:
+                clocked = clock(name, getattr(owner, function))
                 stack.enter_context(patch.object(owner, function, clocked))
             stack.enter_context(patch.object(replica, "exchange", self.on("meeting", clocked_exchange)))
             yield
-        # One replica works while the others wait for it; on small batches it normalises for all of them.
+        # One replica works while the others wait for it; on small batches it normalises for all of them, by
+        # kernels that take the statistics on the way.
         working = self.seconds.pop("merge") * self._replicas
         normalizing = self.seconds.pop("together", 0.0) * self._replicas
         self.seconds["statistics"] += working - normalizing

@@ -8,7 +8,7 @@ not the processes' talk. Other processes may work by the three nodes meanwhile: 
 output for every replica before there is one: `reduce` makes them, and `leave` writes them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _kernels
-from ._nodes import refuse_second_derivative
+from ._nodes import Move, refuse_second_derivative
 from ._order import Chain
 from ._processes import Processes
 from ._statistics import check_total, compute_dtype, merge_statistics, samples_per_channel
-
-Move = Callable[[Tensor, Tensor], None]
-"""(mean, unbiased variance) of the whole batch -> None; moves the running statistics."""
 
 
 class Share(NamedTuple):

@@ -82,7 +82,7 @@ def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         running = None if x.dtype == dtype else torch.zeros(x.shape[1], dtype=dtype)
         mean, var = torch.batch_norm_update_stats(x, running, running, 0.0)
         m2 = var.mul_(count)
-    if torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).min().item() < 0:
+    if _is_far(mean, m2, count):
         # Not the mean found above: on channels_last it may itself be far off.
         shift = sum_over_batch(x.to(dtype)) / count
         deviation = x.to(dtype) - unsqueeze_channels(shift, x)
@@ -90,6 +90,11 @@ def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         rest = rest.double() / count
         return shift.double() + rest, m2.double() - count * rest * rest
     return mean, m2
+
+
+def _is_far(mean: Tensor, m2: Tensor, count: int) -> bool:
+    """Whether in any channel the mean is far from 0, seen from the standard deviation."""
+    return torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).min().item() < 0
 
 
 def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
@@ -106,6 +111,37 @@ def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | N
     if torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).sub_(excess.abs_()).min().item() < 0:
         return None
     return mean, m2
+
+
+def cpu_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The whole forward of a batch norm in training, for a batch on the CPU that is all in one place.
+
+    Args:
+        x: ``(N, C, *)``, at least 2 samples per channel.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        eps: added to the variance.
+
+    Returns:
+        y, as ``x`` in shape, dtype and layout; mean; unbiased variance; and 1 / sqrt(biased variance + eps).
+        None if a mean is so far from 0 that these need more digits than the dtype of the arithmetic has.
+    """
+    dtype = compute_dtype(x.dtype)
+    # Of a contiguous batch torch's own kernel takes the statistics in one thread, 1.6 ns per element.
+    if x.dtype != dtype or not x.is_contiguous():
+        mean, unbiased_var = torch.zeros(2, x.shape[1], dtype=dtype).unbind()
+        y, _, invstd = torch.native_batch_norm(x, weight, bias, mean, unbiased_var, True, 1.0, eps)
+        if not _is_far(mean, unbiased_var, 1):
+            return y, mean, unbiased_var, invstd
+    count = samples_per_channel(x)
+    mean, m2 = mean_and_m2(x, count)
+    if mean.dtype != dtype:
+        return None
+    var = m2 / count
+    y = _cpu_evaluate(x, weight, bias, mean, var, eps)
+    return y, mean, m2 / (count - 1), var.add_(eps).rsqrt_()
 
 
 def _cuda_mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

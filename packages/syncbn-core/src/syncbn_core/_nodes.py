@@ -38,6 +38,9 @@ from ._statistics import merge_statistics
 Finish = Callable[[Tensor, Tensor, int | Tensor], tuple[Tensor, Tensor]]
 """(mean, m2, count) of the whole batch -> (mean, invstd) to normalise with; moves the running statistics."""
 
+Move = Callable[[Tensor, Tensor], None]
+"""(mean, unbiased variance) of the whole batch -> None; moves the running statistics."""
+
 
 def gather(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Where data enters: ``x`` -> ``x`` itself, and the statistics of it.

@@ -166,17 +166,10 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def _forward_together(self, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """Normalise the inputs of all replicas as one batch, if one can be made of them."""
-        count = sum(map(samples_per_channel, inputs))
-        if count < 2 or not _together.fit_together(inputs):
+        if sum(map(samples_per_channel, inputs)) < 2 or not _together.fit_together(inputs):
             return None
-        with torch.no_grad():
-            batch = _together.join(inputs)
-            mean, m2 = _kernels.mean_and_m2(batch, count)
-            if mean.dtype != compute_dtype(batch.dtype):  # it needs more digits than the kernels have
-                return None
-            self._move_running_statistics(mean, m2 / (count - 1))
-            var = m2 / count
-        return _together.batch_norm(inputs, batch, mean, var, self.weight, self.bias, self.eps, self._where())
+        move = self._move_running_statistics
+        return _together.batch_norm(inputs, self.weight, self.bias, self.eps, move, self._where())
 
     def _forward_apart(self, shares: Sequence[_apart.Share]) -> Sequence[_apart.Output] | None:
         """Prepare the outputs of all replicas, each of which has a batch of its own."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._kernels import DENSE, cpu_backward, laid_out_as
-from ._nodes import refuse_second_derivative
+from ._kernels import DENSE, cpu_backward, cpu_forward, laid_out_as
+from ._nodes import Move, refuse_second_derivative
 
 # So many elements of a replica's input are few (measured on two cores, with 2 and 4 replicas).
 UP_TO = 2**18
@@ -46,65 +46,64 @@ def fit_together(inputs: Sequence[Tensor]) -> bool:
     )
 
 
-def join(inputs: Sequence[Tensor]) -> Tensor:
-    """Make one batch of the inputs of all replicas, for `batch_norm`."""
-    return torch.cat([x.detach() for x in inputs])
-
-
 def batch_norm(
     inputs: Sequence[Tensor],
-    batch: Tensor,
-    mean: Tensor,
-    var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    move: Move,
     name: str,
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor] | None:
     """Normalise the inputs of all replicas.
 
     Args:
-        inputs: ``(N, C, *)`` each.
-        batch: all of them, joined.
-        mean: ``(C,)``, of the batch.
-        var: ``(C,)``, of the batch.
+        inputs: ``(N, C, *)`` each, that `fit_together`.
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
         eps: added to the variance.
+        move: what to do with the statistics.
         name: the layer's, for error messages.
 
     Returns:
-        Each replica's output.
+        Each replica's output; None, and nothing is moved, if that needs more digits than the inputs have.
     """
-    outputs: tuple[Tensor, ...] = _BatchNorm.apply(  # type: ignore[no-untyped-call]
-        batch, mean, var, eps, name, weight, bias, *inputs
-    )
+    with torch.no_grad():
+        batch = torch.cat([x.detach() for x in inputs])
+        done = cpu_forward(batch, weight, bias, eps)
+        if done is None:
+            return None
+        y, mean, unbiased_var, invstd = done
+        move(mean, unbiased_var)
+    forward = _Forward(batch, y, mean, invstd, eps, name)
+    outputs: tuple[Tensor, ...] = _BatchNorm.apply(forward, weight, bias, *inputs)  # type: ignore[no-untyped-call]
     return outputs
+
+
+class _Forward(NamedTuple):
+    """What the node is made of; all tensors are of the joined batch."""
+
+    batch: Tensor
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    eps: float
+    name: str
 
 
 class _BatchNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        batch: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        name: str,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *inputs: Tensor,
+        ctx: Any, done: _Forward, weight: Tensor | None, bias: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        y = torch.native_batch_norm(batch, weight, bias, mean, var, False, 0.0, eps)[0]
-        ctx.where, ctx.eps, ctx.sizes = name, eps, [len(x) for x in inputs]
-        ctx.save_for_backward(batch, mean, (var + eps).rsqrt_(), weight)
+        ctx.where, ctx.eps, ctx.sizes = done.name, done.eps, [len(x) for x in inputs]
+        ctx.save_for_backward(done.batch, done.mean, done.invstd, weight)
         # Data and not views: these would be told of the changes that are made to each other in place.
-        return tuple(each.data for each in torch.split(y, ctx.sizes))
+        return tuple(each.data for each in torch.split(done.y, ctx.sizes))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         batch, mean, invstd, weight = ctx.saved_tensors
-        _, _, _, _, _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
+        _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
         with torch.no_grad():
             dx, dweight, dbias = cpu_backward(
                 laid_out_as(batch, torch.cat(dys)),
@@ -124,4 +123,4 @@ class _BatchNorm(Function):
         results = [dweight if need_weight else None, dbias if need_bias else None, *dxs]
         # The batch is a copy that needs no gradient, even if the inputs do.
         inputs = torch.empty(0, requires_grad=any(need_inputs))
-        return *(None,) * 5, *refuse_second_derivative(ctx.where, results, [*dys, weight, inputs])
+        return None, *refuse_second_derivative(ctx.where, results, [*dys, weight, inputs])
