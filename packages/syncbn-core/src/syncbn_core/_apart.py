@@ -127,23 +127,30 @@ class _Whole(NamedTuple):
 
 
 def _whole(shares: Sequence[Share], how: Reduction) -> _Whole:
-    samples = sum(share.samples for share in shares)
-    if len(shares) == 1:
-        _, mean, m2, _ = shares[0]
-    else:
-        parts = [torch.stack([share.mean, share.m2]).double() for share in shares]
-        mean, m2 = merge_statistics(parts, [share.samples for share in shares])
-    if how.processes is not None:
-        mean, m2, total = how.processes.merge(mean, m2, samples)
-        samples = int(total)
-    check_total(samples, how.name)
     dtype = compute_dtype(shares[0].x.dtype)
-    narrow, var = mean.to(dtype), (m2 / samples).to(dtype)
-    how.move(narrow, var * (samples / (samples - 1)))
+    sizes = [share.samples for share in shares]
+    samples = sum(sizes)
     # Only a mean far from 0 loses something that counts to its rounding.
     is_far = any(share.mean.dtype != dtype for share in shares)
-    rounding = ((narrow - mean) * (var + how.eps).rsqrt()).to(dtype) if is_far else None
-    return _Whole(narrow, var, rounding, samples)
+    rounding = None
+    if how.processes is None and not is_far and sizes == sizes[:1] * len(sizes):
+        # The usual case, in few calls: all others wait for them.
+        var, mean = torch.var_mean(torch.stack([share.mean for share in shares]), 0, correction=0)
+        var.add_(torch.stack([share.m2 for share in shares]).sum(0), alpha=1 / samples)
+    else:
+        wide_mean, m2 = shares[0].mean, shares[0].m2
+        if len(shares) > 1:
+            parts = [torch.stack([share.mean, share.m2]).double() for share in shares]
+            wide_mean, m2 = merge_statistics(parts, sizes)
+        if how.processes is not None:
+            wide_mean, m2, total = how.processes.merge(wide_mean, m2, samples)
+            samples = int(total)
+        check_total(samples, how.name)
+        mean, var = wide_mean.to(dtype), (m2 / samples).to(dtype)
+        if is_far:
+            rounding = ((mean - wide_mean) * (var + how.eps).rsqrt()).to(dtype)
+    how.move(mean, var * (samples / (samples - 1)))
+    return _Whole(mean, var, rounding, samples)
 
 
 class _BatchNorm(Function):
@@ -170,39 +177,64 @@ class _BatchNorm(Function):
         *inputs, weight, _ = ctx.saved_tensors
         *dys, _ = grads
         _, _, _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
-        mean, var, rounding, samples = ctx.whole
         if ctx.chain is not None:
             ctx.chain.over = True
-        dweight = dbias = None
-        dxs: list[Tensor | None] = [None] * len(inputs)
+        dxs: Sequence[Tensor | None] = [None] * len(inputs)
         with torch.no_grad():
-            for x, dy in zip(inputs, dys):  # in rank order
-                if dy is None:
-                    continue
-                sum_dy, sum_dy_normalized = _kernels.cpu_gradient_sums(dy, x, mean, var, ctx.eps)
-                dbias = sum_dy if dbias is None else dbias.add_(sum_dy)
-                dweight = sum_dy_normalized if dweight is None else dweight.add_(sum_dy_normalized)
-            if dbias is None or dweight is None:
-                # Reached by the chain alone, it has nothing to add, but other processes may.
-                sums = mean.new_zeros(2, len(mean), dtype=torch.float64)
-            else:
-                if rounding is not None:
-                    dweight.addcmul_(dbias, rounding)
-                sums = torch.stack([dbias, dweight]).double()
+            own = sums = _gradient_sums(dys, inputs, ctx.whole, ctx.eps)
             if ctx.processes is not None:
-                sums = ctx.processes.sum(sums)
-            if any(need_inputs):
-                if rounding is not None:
-                    sums[0].addcmul_(sums[1], rounding)
-                scale = (var + ctx.eps).rsqrt_()
-                if weight is not None:
-                    scale.mul_(weight)
-                shift, slope = (sums * (scale / -samples)).to(mean.dtype).unbind()
-                # The last one first: what has been read just now is in the caches.
-                for rank in reversed(range(len(inputs))):
-                    if need_inputs[rank]:
-                        dxs[rank] = _kernels.cpu_input_gradient(
-                            dys[rank], inputs[rank], scale, slope, shift, mean, var, ctx.eps
-                        )
+                # Reached by the chain alone, it has nothing to add, but other processes may.
+                packed = torch.stack(own or [torch.zeros_like(ctx.whole.mean)] * 2)
+                sums = ctx.processes.sum(packed.double()).unbind()
+            if sums is not None and any(need_inputs):
+                dxs = _input_gradients(dys, inputs, need_inputs, weight, sums, ctx.whole, ctx.eps)
+        dbias, dweight = own or (None, None)
         results = [dweight if need_weight else None, dbias if need_bias else None, *dxs]
         return None, None, None, *refuse_second_derivative(ctx.where, results, [*dys, weight, *inputs])
+
+
+def _gradient_sums(
+    dys: Sequence[Tensor | None], inputs: Sequence[Tensor], whole: _Whole, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """The sums over all replicas of dy, and of dy times the normalised x; None if no output was used."""
+    parts = [
+        _kernels.cpu_gradient_sums(dy, x, whole.mean, whole.var, eps)
+        for dy, x in zip(dys, inputs)
+        if dy is not None
+    ]
+    if not parts:
+        return None
+    (sum_dy, sum_dy_normalized), *others = parts
+    for other in others:  # in rank order
+        sum_dy.add_(other[0])
+        sum_dy_normalized.add_(other[1])
+    if whole.rounding is not None:
+        sum_dy_normalized.addcmul_(sum_dy, whole.rounding)
+    return sum_dy, sum_dy_normalized
+
+
+def _input_gradients(
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    weight: Tensor | None,
+    sums: Sequence[Tensor],
+    whole: _Whole,
+    eps: float,
+) -> Sequence[Tensor | None]:
+    """The dx of every replica that needs one, from the sums over all replicas of all processes."""
+    mean, var, rounding, samples = whole
+    sum_dy, sum_dy_normalized = sums
+    if rounding is not None:
+        sum_dy = torch.addcmul(sum_dy, sum_dy_normalized, rounding)
+    scale = (var + eps).rsqrt_()
+    if weight is not None:
+        scale.mul_(weight)
+    factor = scale / -samples
+    slope, shift = (sum_dy_normalized * factor).to(mean.dtype), (sum_dy * factor).to(mean.dtype)
+    # The last one first: what has been read just now is in the caches.
+    dxs = [
+        _kernels.cpu_input_gradient(dy, x, scale, slope, shift, mean, var, eps) if need else None
+        for dy, x, need in reversed(list(zip(dys, inputs, needed)))
+    ]
+    return dxs[::-1]
