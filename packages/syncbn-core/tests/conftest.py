@@ -3,17 +3,25 @@
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from syncbn_comm import ReplicaGroup
-from syncbn_core import _synchronized, _together
+from syncbn_core import (
+    SynchronizedBatchNorm1d,
+    SynchronizedBatchNorm2d,
+    SynchronizedBatchNorm3d,
+    _apart,
+    _synchronized,
+    _together,
+)
 from syncbn_core._replication import may_be_intercepted
 
 JOIN_SECONDS = 60.0
+CHANNELS = 4
 
 Forward = Callable[[nn.Module, int], Any]
 
@@ -139,6 +147,77 @@ def assert_equals_whole_batch(
     return ours
 
 
+def chunks_of(
+    *sizes: int,
+    spatial: Sequence[int] = (3, 5),
+    layout: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Make one batch for each size, of the channels of `layer_of`."""
+    return [
+        (torch.randn(size, CHANNELS, *spatial, dtype=dtype) * 3 + 1).contiguous(memory_format=layout)
+        for size in sizes
+    ]
+
+
+def leaves_of(chunks: Sequence[Tensor]) -> list[Tensor]:
+    """Copy them, layout and all, to inputs of their own that need a gradient."""
+    return [chunk.detach().clone().requires_grad_() for chunk in chunks]
+
+
+def loss_of(outputs: Sequence[Tensor]) -> Tensor:
+    """Weight each output differently, those of different replicas too."""
+    return sum(((rank + 1) * weighted_sum(y) for rank, y in enumerate(outputs)), torch.zeros(()))
+
+
+def as_one_batch(twin: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Run torch's own layer on the rows of all inputs, whatever their spatial sizes."""
+    rows = [x.movedim(1, -1).flatten(0, -2) for x in inputs]
+    parts = twin(torch.cat(rows)).split([len(part) for part in rows])
+    return [part.view(x.movedim(1, -1).shape).movedim(-1, 1) for part, x in zip(parts, inputs)]
+
+
+def _as_they_are(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return outputs
+
+
+def step(
+    layer: nn.Module,
+    chunks: Sequence[Tensor],
+    forward: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]],
+    behind: Callable[[Sequence[Tensor]], Sequence[Tensor]] = _as_they_are,
+) -> dict[str, Any]:
+    """As `train_step`, for chunks that cannot be joined, and with something between outputs and loss."""
+    layer.zero_grad()
+    inputs = leaves_of(chunks)
+    outputs = behind(forward(layer, inputs))
+    loss_of(outputs).backward()
+    return {
+        "y": [y.detach() for y in outputs],
+        "dx": [x.grad for x in inputs],
+        **{f"d{name}": parameter.grad for name, parameter in layer.named_parameters()},
+        **{name: buffer.clone() for name, buffer in layer.named_buffers()},
+    }
+
+
+def check(
+    layer: nn.Module,
+    chunks: Sequence[Tensor],
+    call: Callable[[nn.Module, Tensor, int], Tensor] = lambda layer, x, rank: layer(x),
+    behind: Callable[[Sequence[Tensor]], Sequence[Tensor]] = _as_they_are,
+    whole: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]] = as_one_batch,
+) -> dict[str, Any]:
+    """Show that a `step` of replicas is, to 1e-12, that of torch's own layer on the whole batch."""
+    twin = stock_twin(layer, 2)
+
+    def replicas(layer: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return Replicas(layer, len(inputs)).run(lambda replica, rank: call(replica, inputs[rank], rank))
+
+    ours = step(layer, chunks, replicas, behind)
+    torch.testing.assert_close(ours, step(twin, chunks, whole, behind), rtol=1e-12, atol=1e-12)
+    return ours
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers_for_every_test() -> None:
     torch.manual_seed(0)
@@ -161,6 +240,67 @@ def together_or_apart(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     return way
 
 
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many inputs were normalised as one batch, for every time that this was done."""
+    return _lengths_given_to(_together, "batch_norm", monkeypatch)
+
+
+@pytest.fixture
+def reduced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many replicas with a batch each had one node for all, for every time that this was done."""
+    return _lengths_given_to(_apart, "reduce", monkeypatch)
+
+
+def _lengths_given_to(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    lengths: list[int] = []
+    function = getattr(module, name)
+
+    def spy(things: Sequence[Any], *rest: Any) -> Any:
+        result = function(things, *rest)
+        if result is not None:
+            lengths.append(len(things))
+        return result
+
+    monkeypatch.setattr(module, name, spy)
+    return lengths
+
+
+class Form(NamedTuple):
+    """A kind of layer, and what its inputs look like."""
+
+    kind: type[nn.Module]
+    spatial: tuple[int, ...]
+    layout: torch.memory_format
+
+
+@pytest.fixture(
+    params=[
+        Form(SynchronizedBatchNorm1d, (), torch.contiguous_format),
+        Form(SynchronizedBatchNorm1d, (5,), torch.contiguous_format),
+        Form(SynchronizedBatchNorm2d, (3, 5), torch.contiguous_format),
+        Form(SynchronizedBatchNorm2d, (3, 5), torch.channels_last),
+        Form(SynchronizedBatchNorm3d, (2, 3, 2), torch.contiguous_format),
+        Form(SynchronizedBatchNorm3d, (2, 3, 2), torch.channels_last_3d),
+    ],
+    ids=lambda form: f"{form.kind.__name__}-{form.spatial}-{form.layout}",
+)
+def form(request: pytest.FixtureRequest) -> Form:
+    """Every dense layout, for every number of axes."""
+    every: Form = request.param
+    return every
+
+
+@pytest.fixture
+def layer_of() -> Callable[..., nn.Module]:
+    """Build a layer that is not new; of float64, unless told otherwise."""
+
+    def build(kind: Any = SynchronizedBatchNorm2d, **options: Any) -> nn.Module:
+        return randomize(kind(CHANNELS, **{"dtype": torch.float64, **options}))
+
+    return build
+
+
 # Modules of tests cannot import this one, but they can ask for what is in it.
 def _fixture(helper: Any, name: str) -> Any:
     return pytest.fixture(name=name)(lambda: helper)
@@ -174,3 +314,9 @@ _randomize = _fixture(randomize, "randomize")
 _train_step = _fixture(train_step, "train_step")
 _assert_equals_whole_batch = _fixture(assert_equals_whole_batch, "assert_equals_whole_batch")
 _weighted_sum = _fixture(weighted_sum, "weighted_sum")
+_chunks_of = _fixture(chunks_of, "chunks_of")
+_leaves_of = _fixture(leaves_of, "leaves_of")
+_loss_of = _fixture(loss_of, "loss_of")
+_as_one_batch = _fixture(as_one_batch, "as_one_batch")
+_step = _fixture(step, "step")
+_check = _fixture(check, "check")

@@ -12,6 +12,7 @@ from syncbn_core import SynchronizedBatchNorm2d, _kernels
 pytestmark = pytest.mark.usefixtures("together_or_apart")
 
 C = 3
+LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 
 
 @pytest.fixture
@@ -55,6 +56,15 @@ def test_a_graph_dies_with_its_outputs_and_needs_no_garbage_collector(
     assert [ref() for ref in watched] == [None] * 6
 
 
+def test_a_graph_keeps_no_layer(replicas_of, no_garbage_collection):
+    replicas = replicas_of(SynchronizedBatchNorm2d(C), 2)
+    outputs = replicas.run(lambda replica, rank: replica(torch.randn(2, C, 2, 2)))
+    watched = [weakref.ref(module) for module in replicas.modules]
+    del replicas
+    assert [ref() for ref in watched] == [None] * 2
+    sum(y.sum() for y in outputs).backward()
+
+
 def test_a_graph_dies_when_a_second_derivative_was_possible(run_replicas, no_garbage_collection):
     layer = SynchronizedBatchNorm2d(C)
     tracer = Tracer()
@@ -66,7 +76,7 @@ def test_a_graph_dies_when_a_second_derivative_was_possible(run_replicas, no_gar
     assert watched() is None
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@LAYOUTS
 def test_what_saved_tensor_hooks_see_is_x_itself_and_vectors(memory_format, replicas_of):
     layer = SynchronizedBatchNorm2d(C)
     inputs = [
@@ -99,13 +109,25 @@ def storages_of_the_size_of(x):
 
 
 @pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
-def test_apart_the_nodes_hold_nothing_else_of_the_size_of_x(run_replicas):
-    inputs = [torch.randn(4, C, 8, 8, requires_grad=True) for _ in range(2)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@LAYOUTS
+def test_apart_the_nodes_hold_nothing_else_of_the_size_of_x(memory_format, dtype, run_replicas, reduced):
+    inputs = [
+        torch.randn(4, C, 8, 8, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+        for _ in range(2)
+    ]
     before = storages_of_the_size_of(inputs[0])
     outputs = run_replicas(SynchronizedBatchNorm2d(C), inputs)
+    assert reduced == [2]
     made = {y.untyped_storage().data_ptr() for y in outputs}
     assert len(made) == 2
     assert {address for address, _ in storages_of_the_size_of(inputs[0]) - before} == made
+    saved = [tensor for tensor in outputs[0].grad_fn.saved_tensors if tensor.dim() == 4]
+    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr() for x in inputs]
+    del saved
+    sum(y.pow(3).sum() for y in outputs).backward()
+    gradients = {x.grad.untyped_storage().data_ptr() for x in inputs}
+    assert {address for address, _ in storages_of_the_size_of(inputs[0]) - before} == made | gradients
 
 
 @pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)

@@ -1,0 +1,203 @@
+"""Large batches stay with their replicas: each makes the passes over its own, for one node of all.
+
+What this way has in common with that of small batches is in test_one_node.py.
+"""
+
+import threading
+
+import pytest
+import torch
+
+from syncbn_core import SynchronizedBatchNorm1d, _apart, _kernels, _together
+
+ALL_LARGE = pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+PARAMETERS = pytest.mark.parametrize("parameters", [{}, {"bias": False}, {"affine": False}], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _where_it_is_possible(together_or_apart):
+    """Where torch does not tell whether what is saved is intercepted, these tests are skipped."""
+
+
+@LAYOUTS
+@pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)  # the limit that users have
+def test_batches_that_are_large_indeed_are_not_joined(
+    layout, layer_of, chunks_of, assert_equals_whole_batch, joined, reduced
+):
+    chunks = chunks_of(1, 2, spatial=(256, 260), layout=layout)
+    assert all(chunk.numel() > _together.UP_TO for chunk in chunks)
+    assert_equals_whole_batch(layer_of(), chunks, rtol=1e-10, atol=1e-10)
+    assert (joined, reduced) == ([], [2])
+
+
+@ALL_LARGE
+def test_every_replica_has_its_own_storages(
+    form, layer_of, chunks_of, leaves_of, run_replicas, loss_of, reduced
+):
+    inputs = leaves_of(chunks_of(2, 1, 3, spatial=form.spatial, layout=form.layout))
+    outputs = run_replicas(layer_of(form.kind), inputs)
+    gradients = torch.autograd.grad(loss_of(y**2 for y in outputs), inputs)
+    assert reduced == [3]
+    storages = [tensor.untyped_storage() for tensor in (*inputs, *outputs, *gradients)]
+    assert len({storage.data_ptr() for storage in storages}) == 9
+    for x, *made in zip(inputs, outputs, gradients):
+        assert [tensor.untyped_storage().nbytes() for tensor in made] == [x.untyped_storage().nbytes()] * 2
+
+
+@ALL_LARGE
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (3, 0, 0, 2)], ids=str)
+def test_an_empty_batch_among_others_takes_three_nodes_and_counts_once(
+    form, sizes, momentum, layer_of, chunks_of, check, reduced
+):
+    layer = layer_of(form.kind, momentum=momentum)
+    for number in (1, 2, 3):
+        check(layer, chunks_of(*sizes, spatial=form.spatial, layout=form.layout))
+        assert layer.num_batches_tracked == number
+    assert reduced == []
+
+
+@ALL_LARGE
+def test_every_replica_makes_its_passes_in_its_own_thread(layer_of, chunks_of, replicas_of, monkeypatch):
+    chunks = chunks_of(2, 1, 3)
+    calls = {name: [] for name in ("enter", "reduce", "leave")}
+
+    def note(name, function):
+        def spy(*arguments):
+            calls[name].append(threading.get_ident())
+            return function(*arguments)
+
+        monkeypatch.setattr(_apart, name, spy)
+
+    for name in calls:
+        note(name, getattr(_apart, name))
+
+    def forward(replica, rank):
+        replica(chunks[rank])
+        return threading.get_ident()
+
+    threads = replicas_of(layer_of(), 3).run(forward)
+    assert sorted(calls["enter"]) == sorted(calls["leave"]) == sorted(threads)
+    assert calls["reduce"] == [threads[0]]
+
+
+# What is larger than a cache
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many samples were normalised at once, in every call."""
+    samples = []
+    cpu_normalize = _kernels.cpu_normalize
+
+    def spy(x, *rest, **options):
+        samples.append(len(x))
+        return cpu_normalize(x, *rest, **options)
+
+    monkeypatch.setattr(_kernels, "cpu_normalize", spy)
+    return samples
+
+
+def transposed(y):
+    return y.transpose(2, 3).contiguous()
+
+
+@ALL_LARGE
+@pytest.mark.parametrize("turned", [False, True], ids=["dy as x", "dy transposed"])
+@PARAMETERS
+@pytest.mark.parametrize(
+    ("samples", "parts"),
+    [(5, [1, 2, 5]), (4, [1, 2, 4, 1]), (2, [1, 2, 2, 2, 1]), (1, [1, *[1] * 2, *[1] * 5]), (0, [1] * 8)],
+)
+def test_a_backward_of_many_samples_goes_in_parts(
+    samples, parts, parameters, turned, layer_of, chunks_of, check, monkeypatch, passes, reduced
+):
+    # As many samples are in a cache, and a few numbers more.
+    monkeypatch.setattr(_kernels, "_IN_CACHE", samples * 60 + samples % 2)
+    behind = {"behind": lambda outputs: [transposed(y) for y in outputs]} if turned else {}
+    check(layer_of(**parameters), chunks_of(5, 2, 1), **behind)
+    assert reduced == [3]
+    assert sorted(passes[:3]) == [1, 2, 5]
+    assert passes[3:] == parts  # the last replica first
+
+
+@ALL_LARGE
+def test_only_a_replica_that_the_loss_knows_needs_parts(
+    layer_of, chunks_of, check, monkeypatch, passes, reduced
+):
+    monkeypatch.setattr(_kernels, "_IN_CACHE", 120)
+    check(layer_of(), chunks_of(5, 3, 4), behind=lambda outputs: [outputs[1]])
+    assert reduced == [3]
+    assert passes[3:] == [4, 2, 1, 5]
+
+
+@ALL_LARGE
+def test_channels_last_need_no_parts(layer_of, chunks_of, check, monkeypatch, passes, reduced):
+    monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+    check(layer_of(), chunks_of(5, 2, 1, layout=torch.channels_last))
+    assert reduced == [3]
+    assert passes[3:] == [1, 2, 5]
+
+
+@ALL_LARGE
+@pytest.mark.parametrize("first", [0.0, 100.0, 1e4], ids=lambda value: f"first sample at {value}")
+@pytest.mark.parametrize("mean", [0.0, 9.0, 1e4], ids=lambda value: f"mean {value}")
+def test_statistics_of_one_pass_have_the_digits_of_two(
+    mean, first, layer_of, run_replicas, monkeypatch, reduced
+):
+    monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+    layer = layer_of(SynchronizedBatchNorm1d, dtype=torch.float32, momentum=1.0)
+    chunks = [torch.randn(size, 4) + mean for size in (5000, 3000)]
+    for chunk in chunks:
+        chunk[0] += first
+    run_replicas(layer, chunks)
+    assert reduced == [2]
+    batch = torch.cat(chunks).double()
+    torch.testing.assert_close(layer.running_mean.double(), batch.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), batch.var(0), rtol=5e-5, atol=0)
+
+
+# Which kernel
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The names of the kernels that normalised, in every call."""
+    names = []
+
+    def note(name, function):
+        def spy(*arguments):
+            names.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(_kernels, name, spy)
+
+    for name in ("_cpu_affine", "_cpu_evaluate"):
+        note(name, getattr(_kernels, name))
+    return names
+
+
+@ALL_LARGE
+@PARAMETERS
+@LAYOUTS
+@pytest.mark.parametrize("few", [59, 60, 119])
+def test_many_elements_of_channels_last_have_another_kernel(
+    few, layout, parameters, layer_of, chunks_of, check, monkeypatch, kernels, reduced
+):
+    monkeypatch.setattr(_kernels, "_FEW", few)
+    check(layer_of(eps=0.3, **parameters), chunks_of(2, 1, layout=layout))
+    assert reduced == [2]
+    many = sum(size * 60 > few for size in (2, 1)) if layout is torch.channels_last else 0
+    assert sorted(kernels) == ["_cpu_affine"] * 2 * many + ["_cpu_evaluate"] * 2 * (2 - many)
+
+
+@ALL_LARGE
+def test_halves_of_channels_last_have_no_other_kernel(
+    layer_of, chunks_of, step, run_replicas, monkeypatch, kernels, reduced
+):
+    monkeypatch.setattr(_kernels, "_FEW", 0)
+    chunks = chunks_of(2, 1, layout=torch.channels_last, dtype=torch.bfloat16)
+    step(layer_of(dtype=torch.float32), chunks, run_replicas)
+    assert reduced == [2]
+    assert kernels == ["_cpu_evaluate"] * 4
