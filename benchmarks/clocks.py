@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from syncbn_comm import ReplicaGroup
-from syncbn_core import _apart, _kernels, _together
+from syncbn_core import _apart, _cpu, _kernels, _together
 from syncbn_parallel import DataParallelWithCallback
 
 
@@ -74,13 +74,13 @@ class Clocks:
         on_tensors = [
             ("statistics", _kernels, "local_statistics"),
             ("statistics", _kernels, "gradient_sums"),
-            ("statistics", _kernels, "cpu_gradient_sums"),
+            ("statistics", _cpu, "gradient_sums"),
             ("statistics", _apart, "enter"),
             ("normalization", _kernels, "normalize"),
             ("normalization", _kernels, "input_gradient"),
-            ("normalization", _kernels, "cpu_input_gradient"),
+            ("normalization", _cpu, "input_gradient"),
             ("normalization", _apart, "leave"),
-            ("normalization", _together, "cpu_backward"),
+            ("normalization", _cpu, "backward"),
             ("together", _together, "batch_norm"),
         ]
         with ExitStack() as stack:

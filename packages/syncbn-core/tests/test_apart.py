@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from syncbn_core import SynchronizedBatchNorm1d, _apart, _kernels, _together
+from syncbn_core import SynchronizedBatchNorm1d, _apart, _cpu, _together
 
 ALL_LARGE = pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -89,13 +89,13 @@ def test_every_replica_makes_its_passes_in_its_own_thread(layer_of, chunks_of, r
 def passes(monkeypatch):
     """How many samples were normalised at once, in every call."""
     samples = []
-    cpu_normalize = _kernels.cpu_normalize
+    normalize = _cpu.normalize
 
     def spy(x, *rest, **options):
         samples.append(len(x))
-        return cpu_normalize(x, *rest, **options)
+        return normalize(x, *rest, **options)
 
-    monkeypatch.setattr(_kernels, "cpu_normalize", spy)
+    monkeypatch.setattr(_cpu, "normalize", spy)
     return samples
 
 
@@ -114,7 +114,7 @@ def test_a_backward_of_many_samples_goes_in_parts(
     samples, parts, parameters, turned, layer_of, chunks_of, check, monkeypatch, passes, reduced
 ):
     # As many samples are in a cache, and a few numbers more.
-    monkeypatch.setattr(_kernels, "_IN_CACHE", samples * 60 + samples % 2)
+    monkeypatch.setattr(_cpu, "_IN_CACHE", samples * 60 + samples % 2)
     behind = {"behind": lambda outputs: [transposed(y) for y in outputs]} if turned else {}
     check(layer_of(**parameters), chunks_of(5, 2, 1), **behind)
     assert reduced == [3]
@@ -126,7 +126,7 @@ def test_a_backward_of_many_samples_goes_in_parts(
 def test_only_a_replica_that_the_loss_knows_needs_parts(
     layer_of, chunks_of, check, monkeypatch, passes, reduced
 ):
-    monkeypatch.setattr(_kernels, "_IN_CACHE", 120)
+    monkeypatch.setattr(_cpu, "_IN_CACHE", 120)
     check(layer_of(), chunks_of(5, 3, 4), behind=lambda outputs: [outputs[1]])
     assert reduced == [3]
     assert passes[3:] == [4, 2, 1, 5]
@@ -134,7 +134,7 @@ def test_only_a_replica_that_the_loss_knows_needs_parts(
 
 @ALL_LARGE
 def test_channels_last_need_no_parts(layer_of, chunks_of, check, monkeypatch, passes, reduced):
-    monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+    monkeypatch.setattr(_cpu, "_IN_CACHE", 0)
     check(layer_of(), chunks_of(5, 2, 1, layout=torch.channels_last))
     assert reduced == [3]
     assert passes[3:] == [1, 2, 5]
@@ -146,7 +146,7 @@ def test_channels_last_need_no_parts(layer_of, chunks_of, check, monkeypatch, pa
 def test_statistics_of_one_pass_have_the_digits_of_two(
     mean, first, layer_of, run_replicas, monkeypatch, reduced
 ):
-    monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+    monkeypatch.setattr(_cpu, "_IN_CACHE", 0)
     layer = layer_of(SynchronizedBatchNorm1d, dtype=torch.float32, momentum=1.0)
     chunks = [torch.randn(size, 4) + mean for size in (5000, 3000)]
     for chunk in chunks:
@@ -171,10 +171,10 @@ def kernels(monkeypatch):
             names.append(name)
             return function(*arguments)
 
-        monkeypatch.setattr(_kernels, name, spy)
+        monkeypatch.setattr(_cpu, name, spy)
 
-    for name in ("_cpu_affine", "_cpu_evaluate"):
-        note(name, getattr(_kernels, name))
+    for name in ("affine", "_evaluate"):
+        note(name, getattr(_cpu, name))
     return names
 
 
@@ -185,19 +185,19 @@ def kernels(monkeypatch):
 def test_many_elements_of_channels_last_have_another_kernel(
     few, layout, parameters, layer_of, chunks_of, check, monkeypatch, kernels, reduced
 ):
-    monkeypatch.setattr(_kernels, "_FEW", few)
+    monkeypatch.setattr(_cpu, "_FEW", few)
     check(layer_of(eps=0.3, **parameters), chunks_of(2, 1, layout=layout))
     assert reduced == [2]
     many = sum(size * 60 > few for size in (2, 1)) if layout is torch.channels_last else 0
-    assert sorted(kernels) == ["_cpu_affine"] * 2 * many + ["_cpu_evaluate"] * 2 * (2 - many)
+    assert sorted(kernels) == ["_evaluate"] * 2 * (2 - many) + ["affine"] * 2 * many
 
 
 @ALL_LARGE
 def test_halves_of_channels_last_have_no_other_kernel(
     layer_of, chunks_of, step, run_replicas, monkeypatch, kernels, reduced
 ):
-    monkeypatch.setattr(_kernels, "_FEW", 0)
+    monkeypatch.setattr(_cpu, "_FEW", 0)
     chunks = chunks_of(2, 1, layout=torch.channels_last, dtype=torch.bfloat16)
     step(layer_of(dtype=torch.float32), chunks, run_replicas)
     assert reduced == [2]
-    assert kernels == ["_cpu_evaluate"] * 4
+    assert kernels == ["_evaluate"] * 4

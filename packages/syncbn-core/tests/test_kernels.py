@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from syncbn_core import _kernels, _statistics
+from syncbn_core import _cpu, _kernels, _statistics
 from syncbn_core._statistics import compute_dtype, sum_over_batch, unsqueeze_channels
 
 C = 3
@@ -19,7 +19,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.fixture(params=["in a cache", "beyond it"], autouse=True)
 def _size_of_the_cache(request, monkeypatch):
     if request.param == "beyond it":
-        monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+        monkeypatch.setattr(_cpu, "_IN_CACHE", 0)
 
 
 def channels_last(x):

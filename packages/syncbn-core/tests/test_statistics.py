@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syncbn_core import _kernels, _statistics
+from syncbn_core import _cpu, _kernels, _statistics
 from syncbn_core._statistics import (
     local_statistics,
     merge_stacked,
@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize("statistics", [_statistics, _kernels], ids=["plai
 @pytest.fixture(params=["in a cache", "beyond it"], autouse=True)
 def _size_of_the_cache(request, monkeypatch):
     if request.param == "beyond it":
-        monkeypatch.setattr(_kernels, "_IN_CACHE", 0)
+        monkeypatch.setattr(_cpu, "_IN_CACHE", 0)
 
 
 def by_numpy(x):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _kernels
+from . import _cpu
 from ._nodes import Move, refuse_second_derivative
 from ._order import Chain
 from ._processes import Processes
@@ -82,7 +82,7 @@ def enter(x: Tensor) -> Share:
     """
     samples = samples_per_channel(x)
     with torch.no_grad():
-        return Share(x, *_kernels.mean_and_m2(x, samples), samples)
+        return Share(x, *_cpu.mean_and_m2(x, samples), samples)
 
 
 def reduce(shares: Sequence[Share], how: Reduction) -> Sequence[Output]:
@@ -106,7 +106,7 @@ def leave(output: Output, x: Tensor, weight: Tensor | None, bias: Tensor | None,
     """Where data leaves: write this replica's output, and return it."""
     y, mean, var = output
     with torch.no_grad():
-        _kernels.cpu_normalize(x, weight, bias, mean, var, eps, out=y.detach())
+        _cpu.normalize(x, weight, bias, mean, var, eps, out=y.detach())
     return y
 
 
@@ -198,9 +198,7 @@ def _gradient_sums(
 ) -> tuple[Tensor, Tensor] | None:
     """The sums over all replicas of dy, and of dy times the normalised x; None if no output was used."""
     parts = [
-        _kernels.cpu_gradient_sums(dy, x, whole.mean, whole.var, eps)
-        for dy, x in zip(dys, inputs)
-        if dy is not None
+        _cpu.gradient_sums(dy, x, whole.mean, whole.var, eps) for dy, x in zip(dys, inputs) if dy is not None
     ]
     if not parts:
         return None
@@ -234,7 +232,7 @@ def _input_gradients(
     slope, shift = (sum_dy_normalized * factor).to(mean.dtype), (sum_dy * factor).to(mean.dtype)
     # The last one first: what has been read just now is in the caches.
     dxs = [
-        _kernels.cpu_input_gradient(dy, x, scale, slope, shift, mean, var, eps) if need else None
+        _cpu.input_gradient(dy, x, scale, slope, shift, mean, var, eps) if need else None
         for dy, x, need in reversed(list(zip(dys, inputs, needed)))
     ]
     return dxs[::-1]

@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn_comm import ReplicaGroup
 
-from . import _apart, _kernels, _nodes, _statistics, _together
+from . import _apart, _nodes, _statistics, _together
 from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
+from ._layouts import is_dense
 from ._order import chain_of
 from ._processes import Processes, Scope, processes_of
 from ._replication import Message, Replication, ReplicationContext, in_backward, may_be_intercepted
@@ -107,7 +108,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
         if place.group is not None and processes is None and _together.is_small(input):
             y: Tensor | None = place.meet(_together.Input(input), self._master)
             return y
-        if not (input.numel() and _kernels.is_dense(input)):
+        if not (input.numel() and is_dense(input)):
             return None
         output: _apart.Output | None = place.meet(_apart.enter(input), self._master)
         if output is None:

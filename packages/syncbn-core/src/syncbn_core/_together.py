@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._kernels import DENSE, cpu_backward, cpu_forward, laid_out_as
+from . import _cpu
+from ._layouts import DENSE, laid_out_as
 from ._nodes import Move, refuse_second_derivative
 
 # So many elements of a replica's input are few (measured on two cores, with 2 and 4 replicas).
@@ -69,7 +70,7 @@ def batch_norm(
     """
     with torch.no_grad():
         batch = torch.cat([x.detach() for x in inputs])
-        done = cpu_forward(batch, weight, bias, eps)
+        done = _cpu.train_forward(batch, weight, bias, eps)
         if done is None:
             return None
         y, mean, unbiased_var, invstd = done
@@ -105,7 +106,7 @@ class _BatchNorm(Function):
         batch, mean, invstd, weight = ctx.saved_tensors
         _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
         with torch.no_grad():
-            dx, dweight, dbias = cpu_backward(
+            dx, dweight, dbias = _cpu.backward(
                 laid_out_as(batch, torch.cat(dys)),
                 batch,
                 weight,
