@@ -5,7 +5,8 @@ every replica. Where a process has a single replica of few samples, these calls 
 not the processes' talk. Other processes may work by the three nodes meanwhile: what is sent is the same.
 
 `enter` and `leave` run in each replica's thread, `reduce` in that of replica 0. The node has to have an
-output for every replica before there is one: `reduce` makes them, and `leave` writes them.
+output for every replica before there is one: `reduce` makes them, and `leave` writes them. That of a lone
+replica `reduce` writes itself.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class Output(NamedTuple):
     """What a replica gets.
 
     Attributes:
-        y: its output, not yet written.
+        y: its output; among several replicas, not yet written.
         mean: ``(C,)``, to normalise with.
         var: ``(C,)``, to normalise with.
     """
@@ -170,7 +171,10 @@ class _BatchNorm(Function):
         ctx.set_materialize_grads(False)
         link = whole.mean.new_empty(0)
         ctx.save_for_backward(*inputs, weight, link)
-        return *map(torch.empty_like, inputs), link
+        if len(inputs) > 1:
+            return *map(torch.empty_like, inputs), link
+        y = _cpu.normalize(inputs[0], weight, bias, whole.mean, whole.var, how.eps)
+        return y, link
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -185,7 +189,7 @@ class _BatchNorm(Function):
             if ctx.processes is not None:
                 # Reached by the chain alone, it has nothing to add, but other processes may.
                 packed = torch.stack(own or [torch.zeros_like(ctx.whole.mean)] * 2)
-                sums = ctx.processes.sum(packed.double()).unbind()
+                sums = ctx.processes.sum(packed.double()).to(packed.dtype).unbind()
             if sums is not None and any(need_inputs):
                 dxs = _input_gradients(dys, inputs, need_inputs, weight, sums, ctx.whole, ctx.eps)
         dbias, dweight = own or (None, None)
@@ -229,7 +233,7 @@ def _input_gradients(
     if weight is not None:
         scale.mul_(weight)
     factor = scale / -samples
-    slope, shift = (sum_dy_normalized * factor).to(mean.dtype), (sum_dy * factor).to(mean.dtype)
+    slope, shift = sum_dy_normalized * factor, sum_dy * factor
     # The last one first: what has been read just now is in the caches.
     dxs = [
         _cpu.input_gradient(dy, x, scale, slope, shift, mean, var, eps) if need else None

@@ -110,10 +110,11 @@ class _SynchronizedBatchNorm(_BatchNorm):
             return y
         if not (input.numel() and is_dense(input)):
             return None
-        output: _apart.Output | None = place.meet(_apart.enter(input), self._master)
-        if output is None:
-            return None
-        return _apart.leave(output, input, self.weight, self.bias, self.eps)
+        share = _apart.enter(input)
+        if place.group is None:
+            return _apart.reduce([share], self._apart_reduction(input, processes))[0].y
+        output: _apart.Output | None = place.meet(share, self._master)
+        return None if output is None else _apart.leave(output, input, self.weight, self.bias, self.eps)
 
     def _is_plain(self, input: Tensor) -> bool:
         """Whether nothing is asked for but what torch's own layer does on a CPU.
@@ -178,16 +179,18 @@ class _SynchronizedBatchNorm(_BatchNorm):
         dtypes = {share.x.dtype for share in shares}
         if len(dtypes) > 1 or (processes is None and sum(share.samples for share in shares) < 2):
             return None
-        how = _apart.Reduction(
+        return _apart.reduce(shares, self._apart_reduction(shares[0].x, processes))
+
+    def _apart_reduction(self, first: Tensor, processes: Processes | None) -> _apart.Reduction:
+        return _apart.Reduction(
             weight=self.weight,
             bias=self.bias,
             eps=self.eps,
             move=self._move_running_statistics,
             name=self._where(),
             processes=processes,
-            chain=chain_of(shares[0].x, self._group()) if processes is not None else None,
+            chain=chain_of(first, self._group()) if processes is not None else None,
         )
-        return _apart.reduce(shares, how)
 
     def _data_parallel_master(self, intermediates: Sequence[tuple[int, Message]]) -> list[tuple[int, Tensor]]:
         """Reduce the statistics of all replicas; runs once per call of the layer, in the thread of replica 0.
