@@ -40,7 +40,7 @@ def is_small(x: Tensor) -> bool:
 
 
 def fit_together(inputs: Sequence[Tensor]) -> bool:
-    """Whether `join` can make one batch of them that has the layout of each."""
+    """Whether they can be joined to one batch that has the layout of each."""
     first = inputs[0]
     return all(x.shape[1:] == first.shape[1:] and x.dtype == first.dtype for x in inputs) and any(
         all(x.is_contiguous(memory_format=layout) for x in inputs) for layout in DENSE
