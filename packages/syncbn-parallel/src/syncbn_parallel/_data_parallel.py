@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextvars import copy_context
 from functools import partial
@@ -22,6 +23,10 @@ from syncbn_parallel._state import CallerState
 from syncbn_parallel._workers import run_all
 
 _M = TypeVar("_M", bound=nn.Module)
+
+# Seconds of a forward from which on it pays to send the caller's OpenMP team to sleep. Shorter ones lose more
+# by a core that has to be woken at each hand-off than by one that spins.
+_LONG = 1.5e-3
 
 
 class DataParallelWithCallback(nn.DataParallel[_M]):
@@ -66,6 +71,8 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         >>> model(torch.randn(10, 4)).shape
         torch.Size([10, 2])
     """
+
+    _last_took = 0.0  # seconds, the replicas of the last forward
 
     def __init__(
         self,
@@ -142,7 +149,11 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
             for one in zip(replicas, inputs, kwargs, devices, strict=True)
         ]
         share = max(1, torch.get_num_threads() // len(self.device_ids))
-        jobs = run_all(calls, share, on_interrupt=group.abort)
+        # Without gradients there was no backward before this forward, whose team would still spin.
+        rest = self._last_took > _LONG and devices[0].type == "cpu" and torch.is_grad_enabled()
+        start = time.perf_counter()
+        jobs = run_all(calls, share, on_interrupt=group.abort, rest=rest)
+        self._last_took = time.perf_counter() - start
         failure = first_failure([job.take_error() for job in jobs], group)
         if failure is None:
             return [job.result for job in jobs]

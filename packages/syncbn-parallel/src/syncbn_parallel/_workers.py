@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from syncbn_parallel._openmp import callers_team
 from syncbn_parallel._sequence import raise_sequence_number, sequence_number
 
 _SLICE = 0.5  # seconds
@@ -68,7 +69,11 @@ class _Unfinished:
 
 
 def run_all(
-    calls: Sequence[Callable[[], Any]], share: int, on_interrupt: Callable[[BaseException], None]
+    calls: Sequence[Callable[[], Any]],
+    share: int,
+    on_interrupt: Callable[[BaseException], None],
+    *,
+    rest: bool = False,
 ) -> list[Job]:
     """Make all calls at once, each on a worker thread of its own, and wait until the last has ended.
 
@@ -78,6 +83,7 @@ def run_all(
         on_interrupt: called with an exception that reaches this thread while it waits
             (``KeyboardInterrupt``). It is to make the calls end. Once they have, the exception is raised; a
             second one is at once.
+        rest: whether this thread's OpenMP team is to sleep meanwhile.
 
     Returns:
         The jobs, in the order of ``calls``. What a call has raised is in its job.
@@ -86,6 +92,8 @@ def run_all(
     jobs = [Job(call, unfinished) for call in calls]
     workers = _pool.borrow(len(jobs), share)
     try:
+        if rest:
+            callers_team.sleep()
         start = 0
         if torch.is_grad_enabled():
             start = max(sequence_number(), *(worker.sequence_number for worker in workers))
@@ -101,6 +109,8 @@ def run_all(
                 unfinished.end()
         unfinished.wait()
         raise
+    finally:
+        callers_team.wake()
     return jobs
 
 
