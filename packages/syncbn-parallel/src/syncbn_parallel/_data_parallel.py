@@ -8,6 +8,7 @@ from contextvars import copy_context
 from functools import partial
 from types import EllipsisType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ _M = TypeVar("_M", bound=nn.Module)
 # Seconds of a forward from which on it pays to send the caller's OpenMP team to sleep. Shorter ones lose more
 # by a core that has to be woken at each hand-off than by one that spins.
 _LONG = 1.5e-3
+
+# Seconds that the replicas of the last forward took; not on the model, where nothing of a forward stays.
+_took: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
 class DataParallelWithCallback(nn.DataParallel[_M]):
@@ -71,8 +75,6 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         >>> model(torch.randn(10, 4)).shape
         torch.Size([10, 2])
     """
-
-    _last_took = 0.0  # seconds, the replicas of the last forward
 
     def __init__(
         self,
@@ -150,10 +152,10 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         ]
         share = max(1, torch.get_num_threads() // len(self.device_ids))
         # Without gradients there was no backward before this forward, whose team would still spin.
-        rest = self._last_took > _LONG and devices[0].type == "cpu" and torch.is_grad_enabled()
+        rest = _took.get(self, 0.0) > _LONG and devices[0].type == "cpu" and torch.is_grad_enabled()
         start = time.perf_counter()
         jobs = run_all(calls, share, on_interrupt=group.abort, rest=rest)
-        self._last_took = time.perf_counter() - start
+        _took[self] = time.perf_counter() - start
         failure = first_failure([job.take_error() for job in jobs], group)
         if failure is None:
             return [job.result for job in jobs]
