@@ -38,7 +38,7 @@ def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     They are of the dtype of the arithmetic; or of float64 where that has not digits enough.
     """
     dtype = compute_dtype(x.dtype)
-    if x.dtype == dtype and x.is_contiguous():
+    if x.dtype == dtype and x.is_contiguous() and x.numel() > _FEW:
         found = _mean_and_m2_in_one_pass(x, count) if x.numel() > _IN_CACHE else None
         if found is not None:
             return found

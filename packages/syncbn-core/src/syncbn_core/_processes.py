@@ -78,19 +78,19 @@ class Processes:
         return merge_stacked(*_unpacked(everybody))
 
     def gather(self, values: Tensor) -> Tensor:
-        """The ``values`` of every process, ``(n,)`` each, as ``(P, n)`` in rank order."""
+        """The ``values`` of every process, of any one shape, as ``(P, *shape)`` in rank order."""
         return self._gather(values, "forward")
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the ``values`` of every process, of any one shape."""
         if self.world_size <= _GATHER_UP_TO:
-            return self._gather(values.flatten(), "backward").sum(0).view_as(values)
+            return self._gather(values.contiguous(), "backward").sum(0)
         total = values.clone()
         self._collect("backward", lambda: dist.all_reduce(total, group=self._group))
         return total
 
     def _gather(self, values: Tensor, phase: str) -> Tensor:
-        everybody = values.new_empty(self.world_size, values.numel())
+        everybody = values.new_empty(self.world_size, *values.shape)
         rows = list(everybody.unbind())
         self._collect(phase, lambda: dist.all_gather(rows, values, group=self._group))
         return everybody

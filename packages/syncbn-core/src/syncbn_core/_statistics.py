@@ -120,12 +120,12 @@ def merge_statistics(parts: Sequence[Tensor], counts: Sequence[int]) -> tuple[Te
         >>> torch.allclose(m2 / 7, torch.cat([a, b]).double().var(0, correction=0))
         True
     """
-    mean, m2 = parts[0][:2].unbind()
+    mean, m2 = parts[0].unbind()[:2]
     merged = counts[0]
     for part, count in zip(parts[1:], counts[1:]):
         if count == 0:
             continue
-        part_mean, part_m2 = part[:2].unbind()
+        part_mean, part_m2 = part.unbind()[:2]
         total = merged + count
         delta = part_mean - mean
         mean = torch.add(mean, delta, alpha=count / total)

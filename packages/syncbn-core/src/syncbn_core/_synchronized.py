@@ -262,22 +262,25 @@ class _SynchronizedBatchNorm(_BatchNorm):
         Returns:
             mean and invstd, ``(C,)`` each.
         """
-        self._move_running_statistics(mean.detach(), m2.detach() / (count - 1))
+        with torch.no_grad():
+            self._move_running_statistics(mean.detach(), m2.detach() / (count - 1))
         var = m2 / count
         if resolve_eps_mode(self.eps_mode) == "clamp":
             return mean, var.clamp(min=self.eps).rsqrt()
         return mean, (var + self.eps).rsqrt()
 
-    @torch.no_grad()
     def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        if self.running_mean is None:
+        """Move them towards those of this batch; without a graph, which the caller has to see to."""
+        buffers = self._buffers  # past nn.Module.__getattr__, which is slow
+        if buffers["running_mean"] is None:
             return
         step: Any = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        tracked = buffers["num_batches_tracked"]
+        if tracked is not None:
+            tracked.add_(1)
             if step is None:  # the cumulative average; the counter may be on a GPU, so it is not read
-                step = 1.0 / self.num_batches_tracked.to(mean.dtype)
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+                step = 1.0 / tracked.to(mean.dtype)
+        for running, new in ((buffers["running_mean"], mean), (buffers["running_var"], unbiased_var)):
             if running is not None:
                 # In place: what replica 0 writes here is the model's own storage.
                 running.lerp_(_as(running, new), _as(running, step) if isinstance(step, Tensor) else step)
