@@ -271,16 +271,16 @@ class _SynchronizedBatchNorm(_BatchNorm):
 
     def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
         """Move them towards those of this batch; without a graph, which the caller has to see to."""
-        buffers = self._buffers  # past nn.Module.__getattr__, which is slow
-        if buffers["running_mean"] is None:
+        running_mean = self.running_mean
+        if running_mean is None:
             return
         step: Any = self.momentum
-        tracked = buffers["num_batches_tracked"]
+        tracked = self.num_batches_tracked
         if tracked is not None:
             tracked.add_(1)
             if step is None:  # the cumulative average; the counter may be on a GPU, so it is not read
                 step = 1.0 / tracked.to(mean.dtype)
-        for running, new in ((buffers["running_mean"], mean), (buffers["running_var"], unbiased_var)):
+        for running, new in ((running_mean, mean), (self.running_var, unbiased_var)):
             if running is not None:
                 # In place: what replica 0 writes here is the model's own storage.
                 running.lerp_(_as(running, new), _as(running, step) if isinstance(step, Tensor) else step)

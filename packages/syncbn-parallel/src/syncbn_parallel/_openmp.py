@@ -50,7 +50,9 @@ class _Team(threading.local):
 
     def sleep(self) -> None:
         """Send the team to sleep, if there is one. Until `wake` this thread has nobody to help it."""
-        if _openmp is None or torch.get_num_threads() == 1 or _openmp.level() != 0:
+        if _openmp is None or torch.get_num_threads() == 1:
+            return
+        if _openmp.level() != 0:  # inside a parallel region; perhaps of an earlier call, left by an exception
             return
         semaphore = ctypes.addressof(self._semaphore)
         _openmp.initialize(semaphore, 0, 0)
