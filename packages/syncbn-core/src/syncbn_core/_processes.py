@@ -84,12 +84,13 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the ``values`` of every process, of any one shape."""
         if self.world_size <= _GATHER_UP_TO:
-            return self._gather(values.contiguous(), "backward").sum(0)
+            return self._gather(values, "backward").sum(0)
         total = values.clone()
         self._collect("backward", lambda: dist.all_reduce(total, group=self._group))
         return total
 
     def _gather(self, values: Tensor, phase: str) -> Tensor:
+        values = values.contiguous()
         everybody = values.new_empty(self.world_size, *values.shape)
         rows = list(everybody.unbind())
         self._collect(phase, lambda: dist.all_gather(rows, values, group=self._group))

@@ -262,15 +262,14 @@ class _SynchronizedBatchNorm(_BatchNorm):
         Returns:
             mean and invstd, ``(C,)`` each.
         """
-        with torch.no_grad():
-            self._move_running_statistics(mean.detach(), m2.detach() / (count - 1))
+        self._move_running_statistics(mean.detach(), m2.detach() / (count - 1))
         var = m2 / count
         if resolve_eps_mode(self.eps_mode) == "clamp":
             return mean, var.clamp(min=self.eps).rsqrt()
         return mean, (var + self.eps).rsqrt()
 
+    @torch.no_grad()
     def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """Move them towards those of this batch; without a graph, which the caller has to see to."""
         running_mean = self.running_mean
         if running_mean is None:
             return
