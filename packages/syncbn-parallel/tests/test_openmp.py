@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def works():
     return _openmp._openmp.level() == 0 and torch.equal(everything, parts)
 
 
+@contextmanager
+def interrupt_after(function, monkeypatch):
+    """Inside of the block, let an interrupt arrive directly after each call of one of OpenMP's functions."""
+    original = getattr(_openmp._openmp, function)
+
+    def interrupted(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_openmp._openmp, function, interrupted)
+        yield
+
+
 def test_a_team_sleeps_until_it_is_woken():
     callers_team.sleep()
     assert _openmp._openmp.level() == 1
@@ -84,33 +99,17 @@ def test_each_thread_has_a_team_of_its_own():
 
 @pytest.mark.parametrize("function", ["initialize", "start", "level"])
 def test_an_interrupt_on_the_way_to_sleep_leaves_a_team_that_can_be_woken(function, monkeypatch):
-    original = getattr(_openmp._openmp, function)
-
-    def interrupted(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_openmp._openmp, function, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            callers_team.sleep()
+    with interrupt_after(function, monkeypatch), pytest.raises(KeyboardInterrupt):
+        callers_team.sleep()
     callers_team.wake()
     assert works()
 
 
 @pytest.mark.parametrize("function", ["post", "end", "level"])
 def test_an_interrupt_on_the_way_out_of_sleep_is_made_good_by_the_next_call(function, monkeypatch):
-    original = getattr(_openmp._openmp, function)
-
-    def interrupted(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
     callers_team.sleep()
-    with monkeypatch.context() as patch:
-        patch.setattr(_openmp._openmp, function, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            callers_team.wake()
+    with interrupt_after(function, monkeypatch), pytest.raises(KeyboardInterrupt):
+        callers_team.wake()
     callers_team.sleep()
     assert _openmp._openmp.level() == 1
     callers_team.wake()
