@@ -14,11 +14,10 @@ from syncbn_core import (
     SynchronizedBatchNorm1d,
     SynchronizedBatchNorm2d,
     SynchronizedBatchNorm3d,
-    _apart,
-    _synchronized,
-    _together,
+    _base,
 )
-from syncbn_core._replication import may_be_intercepted
+from syncbn_core._autograd import one_node
+from syncbn_core._replicas.recomputation import may_be_intercepted
 
 JOIN_SECONDS = 60.0
 CHANNELS = 4
@@ -231,38 +230,38 @@ def together_or_apart(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     there is but one of the ways takes that by an indirect parametrization.
     """
     if request.param == "three nodes":
-        monkeypatch.setattr(_synchronized, "may_be_intercepted", lambda: True)
+        monkeypatch.setattr(_base, "may_be_intercepted", lambda: True)
     elif may_be_intercepted():
         pytest.skip("this torch does not tell whether what is saved for backward is intercepted")
     elif request.param == "apart":
-        monkeypatch.setattr(_together, "UP_TO", -1)
+        monkeypatch.setattr(one_node, "JOINED_UP_TO", -1)
     way: str = request.param
     return way
 
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many inputs were normalised as one batch, for every time that this was done."""
-    return _lengths_given_to(_together, "batch_norm", monkeypatch)
+    """How many inputs were normalized as one batch, for every time that this was done."""
+    return _shares_of(monkeypatch, joined=True)
 
 
 @pytest.fixture
 def reduced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many replicas with a batch each had one node for all, for every time that this was done."""
-    return _lengths_given_to(_apart, "reduce", monkeypatch)
+    return _shares_of(monkeypatch, joined=False)
 
 
-def _lengths_given_to(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def _shares_of(monkeypatch: pytest.MonkeyPatch, *, joined: bool) -> list[int]:
     lengths: list[int] = []
-    function = getattr(module, name)
+    function = one_node._join
 
-    def spy(things: Sequence[Any], *rest: Any) -> Any:
-        result = function(things, *rest)
-        if result is not None:
-            lengths.append(len(things))
+    def spy(shares: Sequence[Any]) -> Any:
+        result = function(shares)
+        if (result is not None) is joined:
+            lengths.append(len(shares))
         return result
 
-    monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(one_node, "_join", spy)
     return lengths
 
 

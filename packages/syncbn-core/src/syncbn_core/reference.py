@@ -1,9 +1,11 @@
 """Batch normalization spelled out: what the layers of this package compute, on one device and one page."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 
-from ._statistics import sum_over_batch, unsqueeze_channels
+from syncbn_core._kernels.statistics import sum_over_batch, unsqueeze_channels
 
 
 class BatchNorm2dReimpl(nn.Module):
@@ -12,7 +14,7 @@ class BatchNorm2dReimpl(nn.Module):
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: the share of the new batch in the running statistics.
+        momentum: the weight of the new batch in the running statistics.
 
     Shape:
         - Input and output: ``(N, C, H, W)``.
@@ -53,7 +55,7 @@ class BatchNorm2dReimpl(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``: by its own statistics in training, else by the running ones."""
+        """Normalize ``(N, C, H, W)``: by its own statistics in training, else by the running ones."""
         mean, var = self._statistics(input) if self.training else (self.running_mean, self.running_var)
         normalized = (input - unsqueeze_channels(mean, input)) / unsqueeze_channels(
             (var + self.eps).sqrt(), input

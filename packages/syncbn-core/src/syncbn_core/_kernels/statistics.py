@@ -1,17 +1,21 @@
 """The arithmetic of synchronized statistics, as pure functions of plain tensors.
 
-Everything here is differentiable and runs on any device: it is the specification that the fused kernels
-are tested against, and the very code of the composite path (``fused=False``).
+Everything here is differentiable and runs on any device. It is the specification that the fused kernels are
+tested against, and the code of the composite path (``fused=False``).
 
-Statistics travel packed: a ``(2, C)`` tensor of the rows mean and m2, where ``m2`` is the sum of squared
-deviations from the mean. ``m2 / count`` is the biased variance. The count is a number that the host knows;
-that of several processes is a tensor.
+The statistics of a batch are its ``mean`` and its ``m2``, the sum of squared deviations from the mean;
+``m2 / count`` is the biased variance. The count is a number that the host knows, or, of several processes, a
+tensor.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from syncbn_core._kernels.protocol import Reduction, Statistics, WholeBatch
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -50,12 +54,12 @@ def unsqueeze_channels(vector: Tensor, like: Tensor) -> Tensor:
 
 
 def samples_per_channel(x: Tensor) -> int:
-    """How many values of ``x``, ``(N, C, *)``, each channel has."""
+    """Return how many values of ``x``, ``(N, C, *)``, each channel has."""
     return x.numel() // x.shape[1] if x.shape[1] else 0
 
 
 def check_total(count: int, name: str) -> None:
-    """Raise ValueError if there is but one value per channel in all replicas; the name is the layer's."""
+    """Raise ValueError if there is one value per channel in all replicas; ``name`` is the layer's."""
     if count == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got 1 in all replicas together at "
@@ -64,12 +68,12 @@ def check_total(count: int, name: str) -> None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic on inputs of ``dtype``: at least float32."""
+    """Return the dtype of the arithmetic on inputs of ``dtype``: at least float32."""
     return torch.float32 if dtype in _HALF_TYPES else dtype
 
 
 def merge_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which vectors of length C are merged: float64 where the device has it.
+    """Return the dtype in which vectors of length C are merged: float64 where the device has it.
 
     Rounding the mean of one replica to float32 alone costs 2e-3 of the variance at mean 1e6 and standard
     deviation 1, and C numbers cost nothing beside a pass over the input.
@@ -77,17 +81,17 @@ def merge_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def local_statistics(x: Tensor) -> Tensor:
-    """The statistics of one replica's batch.
+def local_statistics(x: Tensor) -> Statistics:
+    """Return the statistics of one replica's batch.
 
-    The sums are taken of ``x - shift``, where the shift is a rounded mean: then neither the rounding of the
+    The sums are taken of ``x - shift``, where the shift is a rounded mean. So neither the rounding of the
     mean nor a mean far from 0 costs digits, as it would in the mean of squares minus the squared mean.
 
     Args:
         x: ``(N, C, *)``; N may be 0.
 
     Returns:
-        ``(2, C)``: mean and m2 of every channel, in :func:`merge_dtype`.
+        mean and m2 of every channel, ``(C,)`` each, in :func:`merge_dtype`.
     """
     n = max(samples_per_channel(x), 1)
     x = x.to(compute_dtype(x.dtype))
@@ -95,17 +99,15 @@ def local_statistics(x: Tensor) -> Tensor:
     deviation = x - unsqueeze_channels(shift, x)
     wide = merge_dtype(x.device)
     rest = sum_over_batch(deviation).to(wide) / n
-    mean = shift.to(wide) + rest
-    m2 = sum_over_batch(deviation**2).to(wide) - n * rest**2
-    return torch.stack([mean, m2])
+    return shift.to(wide) + rest, sum_over_batch(deviation**2).to(wide) - n * rest**2
 
 
-def merge_statistics(parts: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def merge_statistics(parts: Sequence[Statistics], counts: Sequence[int]) -> Statistics:
     """Merge the statistics of several batches into those of their union, in the given order.
 
     Args:
-        parts: tensors on one device whose first two rows are mean and m2, ``(C,)`` each.
-        counts: how many samples are behind each. Parts of none change nothing.
+        parts: mean and m2 of each batch, ``(C,)`` each, all on one device.
+        counts: how many samples are behind each. A batch of none changes nothing.
 
     Returns:
         mean and m2 of the union, ``(C,)`` each; 0 where every part is empty.
@@ -120,12 +122,11 @@ def merge_statistics(parts: Sequence[Tensor], counts: Sequence[int]) -> tuple[Te
         >>> torch.allclose(m2 / 7, torch.cat([a, b]).double().var(0, correction=0))
         True
     """
-    mean, m2 = parts[0].unbind()[:2]
+    mean, m2 = parts[0]
     merged = counts[0]
-    for part, count in zip(parts[1:], counts[1:]):
+    for (part_mean, part_m2), count in zip(parts[1:], counts[1:]):
         if count == 0:
             continue
-        part_mean, part_m2 = part.unbind()[:2]
         total = merged + count
         delta = part_mean - mean
         mean = torch.add(mean, delta, alpha=count / total)
@@ -135,7 +136,7 @@ def merge_statistics(parts: Sequence[Tensor], counts: Sequence[int]) -> tuple[Te
 
 
 def merge_stacked(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`merge_statistics` of ``(P, C)`` means and m2s and ``(P, 1)`` counts; and the sum of these."""
+    """`merge_statistics` of ``(P, C)`` means and m2s and ``(P, 1)`` counts; and the sum of the counts."""
     count = counts.sum(0)
     # An empty union has the mean 0 rather than 0 / 0.
     mean = (counts * means).sum(0) / count.clamp(min=1)
@@ -144,22 +145,26 @@ def merge_stacked(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, T
     return mean, m2, count
 
 
-def normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mean) * invstd * weight + bias``, in at least float32, returned in the dtype of ``x``.
+def whole_batch(
+    mean: Tensor, m2: Tensor, count: int | Tensor, own_count: int, how: Reduction
+) -> WholeBatch:
+    """Turn merged statistics into what to normalize with, and move the running statistics.
 
     Args:
-        x: ``(N, C, *)``.
-        mean: ``(C,)``.
-        invstd: ``(C,)``, the reciprocal of the standard deviation.
-        weight: ``(C,)``, or None for 1.
-        bias: ``(C,)``, or None for 0.
-
-    Returns:
-        ``(N, C, *)``.
+        mean: ``(C,)``, of all replicas of all processes.
+        m2: ``(C,)``, of all replicas of all processes.
+        count: their number of samples.
+        own_count: the number of samples of the replicas of this process.
+        how: the layer's part.
     """
-    dtype = compute_dtype(x.dtype)
-    scale = invstd.to(dtype) if weight is None else invstd.to(dtype) * weight.to(dtype)
-    y = (x.to(dtype) - unsqueeze_channels(mean.to(dtype), x)) * unsqueeze_channels(scale, x)
-    if bias is not None:
-        y = y + unsqueeze_channels(bias.to(dtype), x)
-    return y.to(x.dtype)
+    dtype = how.dtype
+    # Where this process has enough samples, the host need not know how many all processes have.
+    known = own_count if own_count > 1 else int(count)
+    check_total(known, how.name)
+    if known == 0:  # nothing to learn from, nothing to normalize
+        return WholeBatch(mean.to(dtype), torch.ones_like(mean, dtype=dtype), 0)
+    is_floor = (m2 < how.eps * count) if how.clamps else None
+    wide_mean, wide_invstd = how.finish(mean, m2, count)
+    mean, invstd = wide_mean.to(dtype), wide_invstd.to(dtype)
+    rounding = None if wide_mean.dtype == dtype else (mean - wide_mean).to(dtype)
+    return WholeBatch(mean, invstd, count, rounding, is_floor)

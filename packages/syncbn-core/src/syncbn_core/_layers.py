@@ -1,8 +1,10 @@
 """The layers, as users build them."""
 
+from __future__ import annotations
+
 from torch import nn
 
-from ._synchronized import _SynchronizedBatchNorm
+from syncbn_core._base import _SynchronizedBatchNorm
 
 
 class SynchronizedBatchNorm1d(_SynchronizedBatchNorm, nn.BatchNorm1d):
@@ -18,29 +20,32 @@ class SynchronizedBatchNorm1d(_SynchronizedBatchNorm, nn.BatchNorm1d):
 class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
     """Batch norm over ``(N, C, H, W)`` by the statistics of the batches of all replicas.
 
-    Inside of a replicated model (``syncbn_parallel.DataParallelWithCallback``, or an ``nn.DataParallel``), a
-    layer in training normalises by the mean and the variance of all replicas' batches together, weighted by
-    their true sizes, and its gradients are those of the whole batch. In evaluation, or alone, it is
-    ``torch.nn.functional.batch_norm``::
+    Inside a replicated model (``syncbn_parallel.DataParallelWithCallback``, or an ``nn.DataParallel``), and
+    over processes, a layer in training normalizes by the mean and the variance of all replicas' batches
+    together, weighted by their true sizes. Its gradients are those of the whole batch. In evaluation, or
+    alone, it is ``torch.nn.functional.batch_norm``::
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Args:
         num_features: C, at least 1.
         eps: added to the variance, or its floor (see ``eps_mode``).
-        momentum: the share of the new batch in the running statistics; None for their cumulative average.
-        affine: whether there are a weight and a bias, ``(C,)`` each.
-        track_running_stats: whether there are running statistics; without them, evaluation normalises by its
-            own batch.
-        process_group: where ``torch.distributed`` is initialised, the processes to synchronize over, with all
-            their replicas: None for the default group, ``THIS_PROCESS`` for the replicas of this one alone.
-        eps_mode: ``"plus"`` for ``sqrt(var + eps)``, ``"clamp"`` for ``sqrt(max(var, eps))``, None for what
-            `set_sbn_eps_mode` says.
-        fused: whether to use torch's fused kernels, with first derivatives only; False for plain operations:
-            slower, but with derivatives of any order.
-        bias: False for a weight alone.
-        device: of the parameters and buffers.
+        momentum: the weight of the new batch in the running statistics; None for their cumulative average.
+        affine: whether the layer has a weight and a bias, ``(C,)`` each.
+        track_running_stats: whether the layer has running statistics. Without them, evaluation normalizes by
+            its own batch.
+        device: of the parameters and buffers. A process group in this place is taken as ``process_group``,
+            since ``nn.SyncBatchNorm`` has it there.
         dtype: of the parameters and buffers.
+        process_group: where ``torch.distributed`` is initialized, the processes to synchronize over, with all
+            their replicas: None for the default group, ``THIS_PROCESS`` for the replicas of this process
+            alone.
+        eps_mode: ``"plus"`` for ``sqrt(var + eps)``; ``"clamp"`` for ``sqrt(max(var, eps))``;
+            ``"clamp_synchronized"`` for the second where the layer synchronizes and the first elsewhere; None
+            for what `set_sbn_eps_mode` has set.
+        fused: True for torch's fused kernels, with first derivatives only; False for plain operations, which
+            are slower and have derivatives of any order.
+        bias: False for a weight without a bias.
 
     Shape:
         - Input: ``(N, C, H, W)``; N may be 0 and may differ among the replicas.
@@ -49,7 +54,9 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
     Raises:
         ValueError: an input of another shape; or a single value per channel in all replicas together.
         TypeError: an input of integers; or inputs of different dtypes in the replicas.
-        syncbn_comm.BrokenSyncError: another replica failed, left, or did not come in time.
+        RuntimeError: an input of another dtype than the parameters; or a backward inside a replica's forward.
+        syncbn_comm.BrokenSyncError: another replica or process failed, left, or did not come before the
+            timeout.
 
     Example:
         >>> import torch

@@ -1,17 +1,21 @@
-"""Replicas made by a stock ``nn.DataParallel``, which tells nobody who belongs together.
+"""Replicas made by others than ``syncbn_parallel``, who do not tell which replicas belong together.
 
 ``torch.nn.parallel.replicate`` asks every module, one after the other, for all of its replicas in a row,
-through ``_replicate_for_data_parallel()``. So the layers can count. From the counts of one such call comes
-one group for all layers of that forward.
+through ``_replicate_for_data_parallel()``. So the layers can count. The counts of one such call give one
+group for all layers of that forward. A vendored ``sync_batchnorm`` folder gives every layer's replicas one
+context, which knows no group: there, each layer gets a group of its own.
 
-Nobody says when a replica fails, either. But torch runs each replica in a thread of its own: the end of that
-thread is the end of the replica, and a replica that has met the others once is missed as soon as it ends.
-One that ends before is waited for until the time-out.
+Nobody tells when a replica fails, either. But each replica runs in a thread of its own: the end of that
+thread is the end of the replica. A replica that has met the others once is missed as soon as it ends. One
+that ends before is waited for until the timeout.
 """
+
+from __future__ import annotations
 
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,7 +23,7 @@ from torch.nn.parallel import replicate as torch_replicate
 
 from syncbn_comm import BrokenSyncError, ReplicaGroup
 
-from ._replication import Master, Replication
+from syncbn_core._replicas.place import Master, Place
 
 _REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call patch_replication_callback"
 
@@ -27,7 +31,7 @@ _replicating = threading.local()  # .forward: weak, the forward that this thread
 _running = threading.local()  # .attendance: of the replica that this thread runs
 
 
-def enlist(layer: nn.Module, name: str, nested: bool) -> Replication:
+def enlist(layer: nn.Module, name: str, nested: bool) -> Place:
     """Count one more replica of ``layer``, and return its place among the others.
 
     Args:
@@ -60,8 +64,14 @@ class _Forward:
         self._announced = announced
         self._layers: dict[int, tuple[str, int]] = {}  # id of a layer -> its unique name, its replicas so far
         self._current = 0  # the id of the layer that is being replicated
+        self.threads: set[int] = set()  # that have run replicas
         self._group: ReplicaGroup | None = None
         self._lock = threading.Lock()
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether torch's own loop makes these replicas, so that they can be counted."""
+        return self._announced is not None
 
     def is_over(self, layer: nn.Module) -> bool:
         """Whether a further replica of this layer must belong to the next forward."""
@@ -71,7 +81,7 @@ class _Forward:
             return False
         return id(layer) != self._current or self._layers[id(layer)][1] == self._announced
 
-    def enlist(self, layer: nn.Module, name: str, nested: bool) -> Replication:
+    def enlist(self, layer: nn.Module, name: str, nested: bool) -> Place:
         """Count one more replica of this layer."""
         if id(layer) not in self._layers:
             taken = sum(known == name or known.startswith(f"{name} (") for known, _ in self._layers.values())
@@ -79,7 +89,7 @@ class _Forward:
         unique, rank = self._layers[id(layer)]
         self._layers[id(layer)] = (unique, rank + 1)
         self._current = id(layer)
-        return StockReplication(self, rank, unique, nested)
+        return StockPlace(self, rank, unique, nested)
 
     @property
     def group(self) -> ReplicaGroup:
@@ -101,12 +111,25 @@ class _Forward:
             return self._group
 
 
-class StockReplication(Replication):
+class StockPlace(Place):
     """One replica's place among those that a stock ``nn.DataParallel`` made."""
+
+    def __init__(self, forward: Any, rank: int, name: str, nested: bool) -> None:
+        super().__init__(forward, rank, name, nested)
+        self._threads: set[int] = forward.threads
+        self._caller = threading.get_ident()  # may run a replica, and the backward later
+
+    def watch(self) -> Callable[[], bool]:
+        """Return a function that tells whether a replica's own thread asks."""
+        # A replica's thread ends with the replica, so what it differentiates belongs to its forward.
+        threads = self._threads
+        return lambda: threading.get_ident() in threads
 
     def meet(self, message: Any, master: Master) -> Any:
         """Meet the other replicas, with this thread's end as the end of this one."""
         group = self.group
+        if threading.get_ident() != self._caller:
+            self._threads.add(threading.get_ident())
         attendance = getattr(_running, "attendance", None)
         if group is not None and (attendance is None or attendance.group() is not group):
             _running.attendance = _Attendance(group, self.rank)
@@ -128,3 +151,49 @@ class _Attendance:
         group = self.group()
         if group is not None:
             group.member(self._rank).__exit__(None, None, None)
+
+
+_by_context: weakref.WeakKeyDictionary[Any, _ContextForward] = weakref.WeakKeyDictionary()
+
+
+def is_counted(place: Place | None) -> bool:
+    """Whether torch's own loop has made this replica, so that counting tells which replicas belong together."""
+    return isinstance(place, StockPlace) and isinstance(place._forward, _Forward) and place._forward.is_announced
+
+
+def enlist_by_context(ctx: Any, copy_id: int, name: str, nested: bool) -> Place:
+    """Return a replica's place by the context that all replicas of its layer share.
+
+    Args:
+        ctx: the context, of any class that can be referred to weakly.
+        copy_id: the replica's number.
+        name: the layer's name, for error messages.
+        nested: whether the layer was itself a replica.
+    """
+    forward = _by_context.get(ctx)
+    if forward is None or forward.is_over(copy_id):
+        forward = _by_context[ctx] = _ContextForward()
+    forward.copies.add(copy_id)
+    return StockPlace(forward, copy_id, name, nested)
+
+
+class _ContextForward:
+    """The replicas of one layer that have been given one context."""
+
+    def __init__(self) -> None:
+        self.copies: set[int] = set()
+        self.threads: set[int] = set()
+        self._group: ReplicaGroup | None = None
+        self._lock = threading.Lock()
+
+    def is_over(self, copy_id: int) -> bool:
+        """Whether a further replica of this number must belong to the next forward."""
+        return self._group is not None or copy_id in self.copies
+
+    @property
+    def group(self) -> ReplicaGroup:
+        """All replicas, taken for complete as soon as one of them asks."""
+        with self._lock:
+            if self._group is None:
+                self._group = ReplicaGroup(max(self.copies) + 1)
+            return self._group

@@ -1,4 +1,6 @@
-"""The layouts of memory that torch's batch-norm kernels are fast for."""
+"""The memory layouts that torch's batch-norm kernels are fast for."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ def is_dense(x: Tensor) -> bool:
 
 
 def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
-    """``dy`` with the strides of ``x``, or a copy with them.
+    """Return ``dy`` with the strides of ``x``: itself, or a copy.
 
-    The kernels for CUDA read both by one of the two layouts, and those for halves on the CPU are exact then.
+    The kernels of accelerators read both tensors by one layout. Those for halves on the CPU are exact only then.
     """
     return dy if dy.stride() == x.stride() else torch.empty_like(x, dtype=dy.dtype).copy_(dy)

@@ -1,22 +1,25 @@
 """One order of the backward collectives in all processes.
 
 Processes that issue their collectives in different orders hang, or mix them up. Between the parallel branches
-of a net the order of a backward is a matter of which node is ready first and of sequence numbers. So the
-Merge nodes of a forward are chained: each takes the result of the one before, which it does not look at, and
-autograd has to run them in exact reverse.
+of a net, the order of a backward depends on which node is ready first and on sequence numbers. So the nodes
+that run a collective are chained: each takes the result of the one before as an input that it does not read.
+Then autograd has to run them in exact reverse.
 
-A chain makes all of its nodes reachable from the last one. So it must not join what is differentiated apart:
-a generator, and a discriminator that looks at its detached images. Two Merge nodes are in one chain if
+A chain makes all of its nodes reachable from the last one. So it must not connect what is differentiated
+separately, such as a generator, and a discriminator that looks at its detached images. Two nodes are in one
+chain if
 
 - they belong to one forward of replicated modules, which has a group (so one backward has to differentiate
-  all of that forward, or the first retain the graph); or
-- the input of the later one depends on a node of the chain. Whoever differentiates that input then reaches
-  the chain's graph in any case.
+  all of that forward, or the first has to retain the graph); or
+- the input of the later node depends on a node of the chain. A backward through that input reaches the
+  chain's graph in any case.
 
-Otherwise, in one process with one thread of backward, autograd's own order is the reverse of their making.
+Otherwise, in one process with one backward thread, autograd's own order is the reverse of their making.
 
-A chain ends when a backward has begun. Its last result is kept by the graph, and only weakly here.
+A chain ends when a backward has begun. The graph keeps its last result; here it is only referred to weakly.
 """
+
+from __future__ import annotations
 
 import weakref
 from collections import deque
@@ -33,18 +36,18 @@ from syncbn_comm import ReplicaGroup
 # How far to look for the chain that an input depends on: a few layers without synchronization.
 _NODES_LOOKED_AT = 100
 
-_by_group: "weakref.WeakKeyDictionary[ReplicaGroup, Chain]" = weakref.WeakKeyDictionary()
+_by_group: weakref.WeakKeyDictionary[ReplicaGroup, Chain] = weakref.WeakKeyDictionary()
 
 
 class Chain:
-    """Merge nodes in the order in which they were made."""
+    """Nodes that run a collective, in the order in which they were made."""
 
     def __init__(self) -> None:
         self.over = False  # a backward has begun
         self._last: Callable[[], Tensor | None] | None = None
 
     def take(self) -> Tensor:
-        """The result of the last node; of no node, where there is none."""
+        """Return the result of the last node; where there is none, that of no node."""
         last = self._last() if self._last is not None else None
         # It needs a gradient even if no input does: then every process takes part in the backward.
         return torch.empty(0, requires_grad=True) if last is None else last
@@ -58,7 +61,7 @@ class Chain:
         self._last = partial(_last_saved, weakref.ref(node))
 
 
-def _last_saved(reference: "weakref.ref[Node]") -> Tensor | None:
+def _last_saved(reference: weakref.ref[Node]) -> Tensor | None:
     node: Any = reference()
     try:
         return None if node is None else node.saved_tensors[-1]
@@ -67,10 +70,10 @@ def _last_saved(reference: "weakref.ref[Node]") -> Tensor | None:
 
 
 def chain_of(x: Tensor, group: ReplicaGroup | None) -> Chain:
-    """The chain that a Merge node belongs to.
+    """Return the chain that a node belongs to.
 
     Args:
-        x: what it merges, of replica 0.
+        x: the input of replica 0.
         group: the replicas of this forward, if there are several.
     """
     chain = _chain_behind(x.grad_fn) if group is None else _by_group.get(group)
@@ -82,7 +85,7 @@ def chain_of(x: Tensor, group: ReplicaGroup | None) -> Chain:
 
 
 def _chain_behind(node: Node | None) -> Chain | None:
-    """The chain of the nearest node behind this one that has one."""
+    """Return the chain of the nearest node behind this one that has one."""
     seen = {node}
     queue = deque([node])
     while queue and len(seen) < _NODES_LOOKED_AT:

@@ -1,0 +1,1 @@
+"""The autograd graph of a layer: one node for all replicas, or three nodes for each."""

@@ -1,0 +1,278 @@
+"""One autograd node for all replicas of a process.
+
+::
+
+    x_0 ──► local_statistics ──┐                          ┌──► normalize ──► y_0
+    x_1 ──► local_statistics ──┼──► merge ──► (mean, ──────┼──► normalize ──► y_1
+    ...                        │    (replica 0's thread)  │
+                               └──────────────────────────┘    invstd)
+
+`enter` and `leave` run in each replica's thread, `reduce` in that of replica 0. The node needs an output for
+every replica before the replicas can write them: on the CPU `reduce` allocates the outputs, and `leave`
+writes them. On other devices, where writing is a launch, `reduce` does that as well.
+
+Small batches on the CPU are joined: replica 0 makes one batch of all, which costs a copy and saves every
+replica its short calls of torch, each of which gives Python's global lock away and takes it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from syncbn_core._autograd.gradients import (
+    backward_kernels_of,
+    is_batched,
+    reduce_gradients,
+    refuse_inside_forward,
+    refuse_second_derivative,
+)
+from syncbn_core._kernels import kernels_of
+from syncbn_core._kernels.layouts import DENSE, laid_out_as
+from syncbn_core._kernels.protocol import InputGradient, Reduction, Statistics, WholeBatch
+from syncbn_core._kernels.statistics import samples_per_channel
+from syncbn_core._kernels.streams import current_stream
+
+# Batches of up to so many elements per replica are joined (measured on two cores, with 2 and 4 replicas).
+JOINED_UP_TO = 2**18
+
+
+class Share(NamedTuple):
+    """What a replica brings.
+
+    Attributes:
+        x: its input, ``(N, C, *)``; N may be 0.
+        statistics: of its input; None if the master had better take them.
+        samples: the number of samples per channel.
+        weight: ``(C,)`` or None, on the device of ``x``.
+        bias: ``(C,)`` or None, on the device of ``x``.
+        stream: the stream of its kernels, where its device has streams.
+    """
+
+    x: Tensor
+    statistics: Statistics | None
+    samples: int
+    weight: Tensor | None
+    bias: Tensor | None
+    stream: Any
+
+
+class Output(NamedTuple):
+    """What a replica gets.
+
+    Attributes:
+        y: its output.
+        unwritten: what to write it from; None if it is written.
+    """
+
+    y: Tensor
+    unwritten: WholeBatch | None
+
+
+@torch.no_grad()
+def enter(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, several: bool
+) -> Share:
+    """Take the statistics of a replica's input: where data enters."""
+    kernels = kernels_of(x.device)
+    joins = several and kernels.joins_small_batches and x.numel() <= JOINED_UP_TO
+    statistics = None if joins else kernels.local_statistics(x, eps)
+    return Share(x, statistics, samples_per_channel(x), weight, bias, current_stream(x.device))
+
+
+def reduce(shares: Sequence[Share], how: Reduction) -> list[Output]:
+    """Merge the shares of all replicas and make the node: where data is reduced.
+
+    Raises:
+        ValueError: there is one sample per channel in all replicas and processes together.
+        BrokenSyncError: another process failed or did not come.
+    """
+    previous = how.chain.take() if how.chain is not None else None
+    plan = _plan(shares, how)
+    inputs = [share.x for share in shares]
+    *ys, _ = _BatchNorm.apply(plan, how.weight, how.bias, previous, *inputs)  # type: ignore[no-untyped-call]
+    if how.chain is not None and ys[0].grad_fn is not None:
+        how.chain.give_node(ys[0].grad_fn)
+    return [Output(y, whole if plan.leaves_outputs else None) for y, whole in zip(ys, plan.wholes)]
+
+
+@torch.no_grad()
+def leave(output: Output, share: Share) -> Tensor:
+    """Write a replica's output, if that is left to it, and return it: where data leaves."""
+    if output.unwritten is not None:
+        mean, invstd, *_ = output.unwritten
+        y = output.y.detach()
+        kernels_of(y.device).normalize(share.x, mean, invstd, share.weight, share.bias, out=y)
+    return output.y
+
+
+class _Plan(NamedTuple):
+    """What the node is made of.
+
+    Attributes:
+        shares: of all replicas.
+        joined: the inputs of all replicas as one batch, if they are joined.
+        wholes: the statistics of the whole batch, on the device of each replica.
+        leaves_outputs: whether the replicas write their outputs.
+        how: the layer's part.
+    """
+
+    shares: Sequence[Share]
+    joined: Tensor | None
+    wholes: Sequence[WholeBatch]
+    leaves_outputs: bool
+    how: Reduction
+
+
+@torch.no_grad()
+def _plan(shares: Sequence[Share], how: Reduction) -> _Plan:
+    home = shares[0].x.device
+    kernels = kernels_of(home)
+    joined = _join(shares)
+    if joined is not None:
+        parts, counts = [kernels.local_statistics(joined, how.eps)], [samples_per_channel(joined)]
+    else:
+        found = [share.statistics or kernels.local_statistics(share.x, how.eps) for share in shares]
+        parts, counts = [_moved(part, home) for part in found], [share.samples for share in shares]
+    spread = kernels.merge(parts, counts, how).spread(share.x.device for share in shares)
+    leaves_outputs = kernels.normalizes_in_replicas and joined is None and len(shares) > 1
+    return _Plan(shares, joined, [spread[share.x.device] for share in shares], leaves_outputs, how)
+
+
+def _moved(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = pair
+    return first.to(device, non_blocking=True), second.to(device, non_blocking=True)
+
+
+def _join(shares: Sequence[Share]) -> Tensor | None:
+    """Return all inputs as one batch, if nobody has statistics and one layout suits all."""
+    first = shares[0].x
+    if len(shares) == 1 or any(share.statistics is not None for share in shares):
+        return None
+    if any(share.x.shape[1:] != first.shape[1:] for share in shares):
+        return None
+    if not any(all(s.x.is_contiguous(memory_format=layout) for s in shares) for layout in DENSE):
+        return None
+    return torch.cat([share.x.detach() for share in shares])
+
+
+def _split(joined: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    # `.data`, because views would be told of the changes that are made to each other in place.
+    return [part.data for part in torch.split(joined, sizes)]
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: _Plan,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        previous: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # Not `how` itself: a graph that held the layer could hold itself.
+        how = plan.how
+        ctx.where, ctx.processes, ctx.chain = how.name, how.processes, how.chain
+        ctx.is_running = how.is_running
+        ctx.wholes, ctx.sizes = plan.wholes, None
+        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        ctx.set_materialize_grads(False)
+        link = torch.empty(0)  # what the next node of the chain depends on; the last of what is saved
+        others = [None if s.weight is None else s.weight.detach() for s in plan.shares[1:]]
+        if plan.joined is not None:
+            ctx.sizes = [len(x) for x in inputs]
+            mean, invstd, *_ = plan.wholes[0]
+            y = kernels_of(plan.joined.device).normalize(plan.joined, mean, invstd, weight, bias)
+            ctx.save_for_backward(plan.joined, weight, link)
+            return *_split(y, ctx.sizes), link
+        ctx.save_for_backward(*inputs, weight, *others, link)
+        if plan.leaves_outputs:
+            return *map(torch.empty_like, inputs), link
+        ys = [
+            kernels_of(x.device).normalize(x, whole.mean, whole.invstd, share.weight, share.bias)
+            for x, whole, share in zip(inputs, plan.wholes, plan.shares)
+        ]
+        return *ys, link
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_inside_forward(ctx.is_running, ctx.where)
+        *kept, _ = ctx.saved_tensors
+        batches, weights = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        *dys, _ = grads
+        _, need_weight, need_bias, _, *need_inputs = ctx.needs_input_grad
+        if ctx.chain is not None:
+            ctx.chain.over = True
+        many = is_batched(dys)
+        with torch.no_grad():
+            used = _joined_gradients(dys, batches[0], ctx.sizes) if ctx.sizes else dys
+            wanted = [any(need_inputs)] if ctx.sizes else need_inputs
+            dweight, dbias, dxs = _gradients(
+                used, batches, weights, wanted, ctx.wholes, ctx.processes, many
+            )
+            if ctx.sizes and dxs[0] is not None:
+                dxs = dxs[0].split(ctx.sizes) if many else _split(dxs[0], ctx.sizes)
+            elif ctx.sizes:
+                dxs = [None] * len(ctx.sizes)
+            weight_dtype, bias_dtype = ctx.dtypes
+            dweight = dweight.to(weight_dtype) if need_weight and dweight is not None else None
+            dbias = dbias.to(bias_dtype) if need_bias and dbias is not None else None
+        # A joined batch is a copy that needs no gradient, even if the inputs do.
+        needing = torch.empty(0, requires_grad=any(need_inputs))
+        inputs = [needing] if ctx.sizes else batches
+        dweight, dbias, *dxs = refuse_second_derivative(
+            ctx.where, [dweight, dbias, *dxs], [*dys, weights[0], *inputs]
+        )
+        return None, dweight, dbias, None, *dxs
+
+
+def _joined_gradients(
+    dys: Sequence[Tensor | None], batch: Tensor, sizes: Sequence[int]
+) -> list[Tensor | None]:
+    """Return the gradients of all outputs as that of one batch."""
+    if all(dy is None for dy in dys):
+        return [None]
+    rest = batch.shape[1:]
+    parts = [batch.new_zeros(n, *rest) if dy is None else dy for dy, n in zip(dys, sizes)]
+    dy = torch.cat(parts)
+    return [dy if is_batched(dys) else laid_out_as(batch, dy)]
+
+
+def _gradients(
+    dys: Sequence[Tensor | None],
+    batches: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    wholes: Sequence[WholeBatch],
+    processes: Any,
+    many: bool,
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+    """Return dweight and dbias of all batches together, and the dx of each batch that wants one."""
+    home = wholes[0].mean.device
+    parts = []
+    for dy, x, whole in zip(dys, batches, wholes):
+        if dy is not None:
+            kernels = backward_kernels_of(x.device, many)
+            parts.append(_moved(kernels.gradient_sums(dy, x, whole.mean, whole.invstd), home))
+    reduced = reduce_gradients(parts, wholes[0], processes)
+    dxs: list[Tensor | None] = [None] * len(batches)
+    if reduced is None:
+        return None, None, dxs
+    sums = {home: reduced.sums}
+    given: dict[Any, InputGradient] = {}
+    # The last one first: the caches hold what has been read just now.
+    for i in reversed(range(len(batches))):
+        x, whole = batches[i], wholes[i]
+        if not wanted[i]:
+            continue
+        if x.device not in sums:
+            sums[x.device] = reduced.sums.to(x.device, non_blocking=True)
+        sum_dy, sum_dy_xmu = sums[x.device].unbind()
+        one = InputGradient(whole.mean, whole.invstd, weights[i], sum_dy, sum_dy_xmu, whole.count)
+        dxs[i] = backward_kernels_of(x.device, many).input_gradient(dys[i], x, one)
+    return reduced.dweight, reduced.dbias, dxs

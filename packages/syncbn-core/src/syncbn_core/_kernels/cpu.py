@@ -1,0 +1,199 @@
+"""Torch's own batch-norm kernels on the CPU, and which of them is the fastest for an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from syncbn_core._kernels.layouts import is_dense
+from syncbn_core._kernels.plain import affine_coefficients
+from syncbn_core._kernels.protocol import InputGradient, Reduction, Statistics, WholeBatch
+from syncbn_core._kernels.statistics import (
+    compute_dtype,
+    merge_statistics,
+    samples_per_channel,
+    sum_over_batch,
+    unsqueeze_channels,
+    whole_batch,
+)
+
+# Where abs(mean) > _SHIFT_ABOVE * std, sums of x times something lose digits to the mean: the relative error
+# of m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
+_SHIFT_ABOVE = 10.0
+
+# A tensor of more elements does not fit into a cache. It is better not read twice; and if a second pass
+# follows on the result of a first, both are better made in parts of this size.
+_IN_CACHE = 2**21
+
+# Of a tensor of up to so many elements, a pass takes no longer than calls on vectors do.
+_FEW = 2**15
+
+_forward_out = torch.ops.aten.native_batch_norm.out
+_backward = torch.ops.aten.native_batch_norm_backward.default
+
+
+class CpuKernels:
+    """`Kernels` on the CPU."""
+
+    joins_small_batches = True
+    normalizes_in_replicas = True
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Return ``x``: every layout will do."""
+        return x
+
+    def local_statistics(self, x: Tensor, eps: float) -> Statistics:
+        """Return mean and m2."""
+        count = samples_per_channel(x)
+        if count == 0:
+            mean = x.new_zeros(x.shape[1], dtype=compute_dtype(x.dtype))
+            return mean, mean
+        return mean_and_m2(x, count)
+
+    def merge(self, parts: Sequence[Statistics], counts: Sequence[int], how: Reduction) -> WholeBatch:
+        """Merge in float64, or, in the usual case, in the dtype of the arithmetic."""
+        count = sum(counts)
+        total: int | Tensor = count
+        if len(parts) == 1:
+            mean, m2 = parts[0]
+        elif how.processes is None and len(set(counts)) == 1 and all(m.dtype == how.dtype for m, _ in parts):
+            # The usual case, in few calls: all replicas wait for them.
+            means, m2s = zip(*parts)
+            var, mean = torch.var_mean(torch.stack(means), 0, correction=0)
+            m2 = torch.stack(m2s).sum(0).add_(var, alpha=count)
+        else:
+            mean, m2 = merge_statistics([(mean.double(), m2.double()) for mean, m2 in parts], counts)
+        if how.processes is not None:
+            mean, m2, total = how.processes.merge(mean, m2, count)
+        return whole_batch(mean, m2, total, count, how)
+
+    def normalize(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``(x - mean) * invstd * weight + bias``, in one pass."""
+        scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        return affine(x, mean, scale, None if bias is None else bias.to(invstd.dtype), out)
+
+    def gradient_sums(self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of ``dy`` and of ``dy * (x - mean)``, in one pass."""
+        return gradient_sums(dy, x, mean)
+
+    def input_gradient(self, dy: Tensor | None, x: Tensor, given: InputGradient) -> Tensor:
+        """Return ``dx``, in two passes."""
+        scale, slope, shift = affine_coefficients(given)
+        mean = given.mean
+        if dy is None or x.numel() == 0:
+            return affine(x, mean, slope, shift)
+        scale = unsqueeze_channels(scale, x)
+        is_half = x.dtype != scale.dtype
+        if not is_half and (x.numel() <= _IN_CACHE or not x.is_contiguous()):
+            return affine(x, mean, slope, shift).addcmul_(dy, scale)
+        # A few samples after the other, while a cache holds them. Of halves, the sum is rounded once.
+        dx = torch.empty_like(x)
+        samples = max(1, _IN_CACHE * len(x) // x.numel())
+        for dy_part, x_part, dx_part in zip(*(torch.split(each, samples) for each in (dy, x, dx))):
+            if is_half:
+                wide = affine(x_part.to(scale.dtype), mean, slope, shift)
+                dx_part.copy_(wide.addcmul_(dy_part.to(scale.dtype), scale))
+            else:
+                affine(x_part, mean, slope, shift, out=dx_part).addcmul_(dy_part, scale)
+        return dx
+
+
+def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return mean and m2 of a batch of ``count`` samples per channel, at least 1.
+
+    Their dtype is that of the arithmetic, or float64 where that does not have enough digits.
+    """
+    dtype = compute_dtype(x.dtype)
+    if x.dtype == dtype and x.is_contiguous() and x.numel() > _FEW:
+        found = _mean_and_m2_in_one_pass(x, count) if x.numel() > _IN_CACHE else None
+        if found is not None:
+            return found
+        mean = sum_over_batch(x).div_(count)
+        m2 = gradient_sums(x, x, mean)[1]
+    else:
+        # Half inputs get statistics in float32 only if there are running statistics in float32.
+        running = None if x.dtype == dtype else torch.zeros(x.shape[1], dtype=dtype)
+        mean, var = torch.batch_norm_update_stats(x, running, running, 0.0)
+        m2 = var.mul_(count)
+    if _is_far(mean, m2, count):
+        # Not the mean found above: on channels_last it may itself be far off.
+        shift = sum_over_batch(x.to(dtype)) / count
+        deviation = x.to(dtype) - unsqueeze_channels(shift, x)
+        rest, m2 = gradient_sums(deviation, deviation, torch.zeros_like(shift))
+        rest = rest.double() / count
+        return shift.double() + rest, m2.double() - count * rest * rest
+    return mean, m2
+
+
+def _is_far(mean: Tensor, m2: Tensor, count: int) -> bool:
+    """Whether any channel's mean is far from 0, in units of its standard deviation."""
+    # Not the minimum: a channel with a NaN would hide the others.
+    return bool(torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).lt(0).any())
+
+
+def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """Return mean and m2 from sums around the mean of the first sample; None where that is too far from the mean.
+
+    This is for inputs that do not fit into a cache. From a cache, a second pass costs little.
+    """
+    center = sum_over_batch(x[:1]).mul_(len(x) / count)
+    total, sum_of_products = gradient_sums(x, x, center)  # of x * (x - center)
+    mean = total / count
+    excess = (mean - center).mul_(total)
+    m2 = sum_of_products - excess
+    # How many digits m2 has lost to the mean, and to this difference.
+    return None if _is_far(mean, m2 - excess.abs_(), count) else (mean, m2)
+
+
+def affine(
+    x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """Return ``(x - mean) * scale + shift`` in one pass, in the shape, dtype and layout of ``x``.
+
+    Args:
+        x: ``(N, C, *)``.
+        mean: ``(C,)``.
+        scale: ``(C,)``.
+        shift: ``(C,)``, or None for 0.
+        out: where to write the result, if it is not to be a new tensor.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    if not is_dense(x):
+        return out.copy_(torch.native_batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0])
+    if x.numel() > _FEW and x.dtype == scale.dtype and not x.is_contiguous():
+        # Faster than a batch norm where the channels of a sample lie side by side.
+        constant = -mean * scale if shift is None else torch.addcmul(shift, mean, scale, value=-1)
+        constant, scale = unsqueeze_channels(constant, x), unsqueeze_channels(scale, x)
+        return torch.addcmul(constant, x, scale, out=out)
+    # Torch's batch norm in evaluation mode.
+    unused, var = mean.new_empty(0), torch.ones_like(mean)
+    _forward_out(x, scale, shift, mean, var, False, 0.0, 0.0, out=out, save_mean=unused, save_invstd=unused)
+    return out
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of ``dy`` and of ``dy * (x - mean)``, ``(C,)`` each, in one pass.
+
+    These are the gradients of bias and weight of a batch norm in evaluation mode with a variance of 1.
+    """
+    if x.numel() == 0:  # the kernel divides by the number of samples, and would end the process
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    var = torch.ones_like(mean)
+    _, sum_dy_xmu, sum_dy = _backward(dy, x, None, mean, var, None, None, False, 0.0, [False, True, True])
+    if dy.dtype != mean.dtype and not (dy.stride() == x.stride() and is_dense(x)):
+        # Of halves in other layouts this kernel rounds the sum to a half.
+        sum_dy = sum_over_batch(dy.to(mean.dtype))
+    return sum_dy, sum_dy_xmu

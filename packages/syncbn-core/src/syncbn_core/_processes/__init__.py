@@ -1,0 +1,1 @@
+"""How the processes meet, where ``torch.distributed`` is initialized."""

@@ -1,0 +1,1 @@
+"""How the replicas of one forward meet."""

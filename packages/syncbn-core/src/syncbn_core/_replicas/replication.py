@@ -1,0 +1,133 @@
+"""What a layer does when it is replicated, copied or pickled."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from syncbn_comm import ReplicaGroup
+from syncbn_core._processes.collectives import Calls, Scope
+from syncbn_core._replicas.place import Place, ReplicationContext
+from syncbn_core._replicas.stock_data_parallel import enlist, enlist_by_context, is_counted
+
+# What belongs to one process or one forward, so that no copy or pickle has it.
+_TRANSIENT = frozenset({"_place", "_calls", "_original"})
+
+
+class ReplicatedLayer(nn.Module):
+    """A layer whose replicas know each other."""
+
+    process_group: Any = None
+
+    _layer_name: str | None = None
+    _place: Place | None = None
+    _calls: Calls | None = None
+    _original: weakref.ref[Any] | None = None  # on a replica: the layer of the replicated model
+
+    def _group(self) -> ReplicaGroup | None:
+        """Return the replicas of this forward in this process, where there are several."""
+        return self._place.group if self._place is not None else None
+
+    def _own_place(self) -> Place:
+        """Return this replica's place among the others, or that of a layer alone."""
+        if self._place is None:
+            self._place = Place(None, 0, self._where())
+        return self._place
+
+    def _own_calls(self) -> Calls:
+        """Return the counter of calls that the replicas share."""
+        if self._calls is None:
+            self._calls = Calls()
+        return self._calls
+
+    def _where(self) -> str:
+        """Return the layer's name for messages: in the model where it is known, else its class."""
+        return self._place.name if self._place is not None else self._name_in_all_processes()
+
+    def _name_in_all_processes(self) -> str:
+        """Return a name that does not depend on how many replicas this process runs."""
+        return self._layer_name or type(self).__name__
+
+    def __data_parallel_replicate__(self, ctx: ReplicationContext, copy_id: int) -> None:
+        """Take the place of replica ``copy_id`` in this forward; called on every replica, the master first.
+
+        A context of some other library knows no group. Then the layer's replicas belong together that are
+        given one context, unless torch's own loop has made them and the layers have counted them.
+        """
+        nested = self._place is not None and self._place.nested  # found out when the replica was made
+        name = getattr(ctx, "name", None) or self._where()
+        if getattr(ctx, "group", None) is not None:
+            self._place = Place(ctx, copy_id, name, nested)
+        elif not is_counted(self._place):
+            self._place = enlist_by_context(ctx, copy_id, name, nested)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        nested = self._group() is not None
+        self._own_calls()
+        replica = self.__new__(type(self))
+        # As nn.Module's own, which sets one by one what it exchanges, and takes three times as long.
+        replica.__dict__.update(
+            self.__dict__,
+            _parameters={},
+            _buffers=self._buffers.copy(),
+            _modules=self._modules.copy(),
+            _is_replica=True,
+            _place=enlist(self, self._where(), nested),
+            _original=weakref.ref(self),
+        )
+        return replica
+
+    @contextmanager
+    def _carrying_back(self) -> Iterator[None]:
+        """Carry what is assigned to this replica meanwhile back to the layer of the replicated model."""
+        original = self._original() if self._original is not None else None
+        if original is None:
+            yield
+            return
+        buffers, attributes = dict(self._buffers), dict(self.__dict__)
+        yield
+        with torch.no_grad():
+            for name, new in self._buffers.items():
+                old = buffers.get(name)
+                if new is old:
+                    continue
+                if old is None or new is None or old.shape != new.shape:
+                    original._buffers[name] = new
+                else:  # in place: what replica 0 holds is the storage of the model
+                    self._buffers[name] = old.copy_(new)
+        for name, value in self.__dict__.items():
+            if name not in attributes or attributes[name] is not value:
+                original.__dict__[name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._lasting_state()
+        if self.process_group is not None and not isinstance(self.process_group, Scope):
+            del state["process_group"]  # belongs to this process; nothing of it can be written down
+            warnings.warn(
+                f"the process_group of {self._where()!r} is not part of the pickle, so the loaded layer will "
+                "synchronize over the default group. Set layer.process_group after loading, or save "
+                "model.state_dict() instead of the model",
+                stacklevel=2,
+            )
+        return state
+
+    def __copy__(self) -> Self:
+        clone = self.__new__(type(self))
+        clone.__dict__.update(self._lasting_state())
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self.process_group)] = self.process_group
+        clone = memo[id(self)] = self.__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self._lasting_state(), memo))  # type: ignore[no-untyped-call]
+        return clone
+
+    def _lasting_state(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in _TRANSIENT}
