@@ -89,10 +89,12 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if not self.training and (self.running_mean is not None or self.running_var is not None):
             return self._forward_running(input)
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
-            run = torch.compiler.disable(_forward_training)
-            result: Tensor = run(self, input, synchronizes)  # type: ignore[no-untyped-call]
+            run = torch.compiler.disable(_forward_training)  # type: ignore[no-untyped-call]
+            result: Tensor = run(self, input, synchronizes)
             return result
-        if has_torch_function_unary(input):  # a subclass of Tensor: the output is what the subclass makes of it
+        if has_torch_function_unary(
+            input
+        ):  # a subclass of Tensor: the output is what the subclass makes of it
             wrapped: Tensor = handle_torch_function(_forward_training, (input,), self, input, synchronizes)
             return wrapped
         return _forward_training(self, input, synchronizes)
@@ -209,14 +211,15 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     ) -> Sequence[Tensor]:
         home, count = parts[0].device, sum(counts)
         pairs = [(part[0], part[1]) for part in (part.to(home, non_blocking=True) for part in parts)]
-        (mean, m2), total = merge_statistics(pairs, counts), count
+        mean, m2 = merge_statistics(pairs, counts)
+        total: int | Tensor = count
         if isinstance(how.processes, Processes):
             mean, m2, total = how.processes.merge_with_gradient(mean, m2, count)
         whole = whole_batch(mean, m2, total, count, how)
         agreed = torch.stack([whole.mean, whole.invstd])
         is_running, name = how.is_running, how.name
         if agreed.requires_grad:
-            agreed.register_hook(lambda grad: refuse_inside_forward(is_running, name))
+            agreed.register_hook(lambda grad: refuse_inside_forward(is_running, name))  # type: ignore[no-untyped-call]
         return [agreed.to(part.device, non_blocking=True) for part in parts]
 
     def _reduction(self, first: Tensor, dtype: torch.dtype) -> Reduction:
@@ -372,4 +375,3 @@ def _as(like: Tensor, tensor: Tensor) -> Tensor:
 def _is_own(method: Any, own: Any) -> bool:
     """Whether a layer's method is this class's own, not that of a subclass or of the very object."""
     return getattr(method, "__func__", None) is own
-

@@ -50,7 +50,7 @@ def reduce_gradients(
         total = torch.stack(parts[0])  # (2, C)
     elif parts:
         total = torch.stack([each for column in zip(*parts) for each in column])  # (2R, C)
-        total = total.unflatten(0, (2, -1)).sum(1)
+        total = total.view(2, len(parts), -1).sum(1)
     else:  # reached by the chain alone: it has nothing to add, but other processes may
         total = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
     if rounding is not None:  # the kernels took the rounded mean

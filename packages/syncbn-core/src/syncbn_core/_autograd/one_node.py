@@ -74,9 +74,7 @@ class Output(NamedTuple):
 
 
 @torch.no_grad()
-def enter(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, several: bool
-) -> Share:
+def enter(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, several: bool) -> Share:
     """Take the statistics of a replica's input: where data enters."""
     kernels = kernels_of(x.device)
     joins = several and kernels.joins_small_batches and x.numel() <= JOINED_UP_TO
@@ -162,7 +160,7 @@ def _join(shares: Sequence[Share]) -> Tensor | None:
 
 def _split(joined: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     # `.data`, because views would be told of the changes that are made to each other in place.
-    return [part.data for part in torch.split(joined, sizes)]
+    return [part.data for part in torch.split(joined, list(sizes))]
 
 
 class _BatchNorm(Function):
@@ -212,11 +210,9 @@ class _BatchNorm(Function):
         with torch.no_grad():
             used = _joined_gradients(dys, batches[0], ctx.sizes) if ctx.sizes else dys
             wanted = [any(need_inputs)] if ctx.sizes else need_inputs
-            dweight, dbias, dxs = _gradients(
-                used, batches, weights, wanted, ctx.wholes, ctx.processes, many
-            )
+            dweight, dbias, dxs = _gradients(used, batches, weights, wanted, ctx.wholes, ctx.processes, many)
             if ctx.sizes and dxs[0] is not None:
-                dxs = dxs[0].split(ctx.sizes) if many else _split(dxs[0], ctx.sizes)
+                dxs = torch.split(dxs[0], ctx.sizes) if many else _split(dxs[0], ctx.sizes)
             elif ctx.sizes:
                 dxs = [None] * len(ctx.sizes)
             weight_dtype, bias_dtype = ctx.dtypes
@@ -273,6 +269,6 @@ def _gradients(
         if x.device not in sums:
             sums[x.device] = reduced.sums.to(x.device, non_blocking=True)
         sum_dy, sum_dy_xmu = sums[x.device].unbind()
-        one = InputGradient(whole.mean, whole.invstd, weights[i], sum_dy, sum_dy_xmu, whole.count)
+        one = InputGradient(whole.mean, whole.invstd, weights[i], sum_dy, sum_dy_xmu, whole.samples)
         dxs[i] = backward_kernels_of(x.device, many).input_gradient(dys[i], x, one)
     return reduced.dweight, reduced.dbias, dxs

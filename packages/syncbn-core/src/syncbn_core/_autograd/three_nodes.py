@@ -119,7 +119,8 @@ class _Gather(Function):
             return None, None, None
         kernels = backward_kernels_of(x.device, is_batched([dy, vectors]))
         with torch.no_grad():
-            dx = kernels.input_gradient(dy, x, InputGradient(*vectors.unbind(), count=1))
+            mean, invstd, weight, mean_dy, mean_dy_xmu = vectors.unbind()
+            dx = kernels.input_gradient(dy, x, InputGradient(mean, invstd, weight, mean_dy, mean_dy_xmu, 1))
         return refuse_second_derivative(ctx.where, [dx], [dy, x, vectors])[0], None, None
 
 
@@ -135,7 +136,7 @@ class _Merge(Function):
         *parts: Tensor,
     ) -> tuple[Tensor, ...]:
         home = parts[0].device
-        moved = [part[:2].to(home, non_blocking=True).unbind() for part in parts]
+        moved = [_pair(part, home) for part in parts]
         whole = kernels_of(home).merge(moved, counts, how)
         # Not `how` itself: a graph that held the layer could hold itself.
         ctx.where, ctx.processes, ctx.chain = how.name, how.processes, how.chain
@@ -161,7 +162,7 @@ class _Merge(Function):
         wanted: list[Tensor | None] = [None] * len(sums)
         with torch.no_grad():
             # In rank order, whatever the order in which autograd came by.
-            parts = [part.to(home, non_blocking=True).unbind() for part in sums if part is not None]
+            parts = [_pair(part, home) for part in sums if part is not None]
             reduced = reduce_gradients(parts, whole, ctx.processes)
             if reduced is not None:
                 weight_dtype, bias_dtype = ctx.dtypes
@@ -169,7 +170,7 @@ class _Merge(Function):
                     dweight = reduced.dweight.to(weight_dtype)
                 if need_bias and reduced.dbias is not None:
                     dbias = reduced.dbias.to(bias_dtype)
-                vectors = _vectors(whole.mean, whole.invstd, ctx.weight, reduced.sums, whole.count)
+                vectors = _vectors(whole.mean, whole.invstd, ctx.weight, reduced.sums, whole.samples)
                 wanted = [
                     vectors.to(device, non_blocking=True) if needed else None
                     for device, needed in zip(ctx.devices, need_parts)
@@ -181,11 +182,16 @@ class _Merge(Function):
         return None, None, dweight, dbias, None, *wanted
 
 
+def _pair(rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = rows[:2].to(device, non_blocking=True).unbind()
+    return first, second
+
+
 def _vectors(
-    mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: int | Tensor
+    mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, samples: int | Tensor
 ) -> Tensor:
     """Return the ``(_ROWS, C)`` that Gather needs."""
-    n = count.sum() if isinstance(count, torch.Tensor) else max(count, 1)
+    n = samples.sum() if isinstance(samples, Tensor) else max(samples, 1)
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     return torch.stack([mean, invstd, weight, *(sums / n).unbind()])
 

@@ -71,8 +71,8 @@ class AcceleratorKernels:
             means, invstds, all_counts = _summed(mean, invstd, own_count, how.eps, how.processes)
         else:
             rows = how.processes.gather(torch.cat([mean, invstd, own_count]))  # (P, 2C + 1)
-            means, invstds, all_counts = rows.split([len(mean), len(mean), 1], 1)
-            all_counts = all_counts.squeeze(1)
+            n = len(mean)
+            means, invstds, all_counts = rows[:, :n], rows[:, n:-1], rows[:, -1]
         if count < 2:
             # Nobody but the devices knows how many samples the other processes have.
             total = all_counts.round().sum()
@@ -108,13 +108,13 @@ class AcceleratorKernels:
         """Return ``dx``."""
         if x.numel() == 0:
             return torch.empty_like(x)
-        mean, invstd, weight, sum_dy, sum_dy_xmu, count = given
+        mean, invstd, weight, sum_dy, sum_dy_xmu, samples = given
         dy = torch.zeros_like(x) if dy is None else laid_out_as(x, dy)
         weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        if not isinstance(count, Tensor):
-            pieces = [_MAX_COUNT] * (count // _MAX_COUNT) + [count % _MAX_COUNT]
-            count = constant(pieces, torch.int32, x.device)
-        dx: Tensor = torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+        if not isinstance(samples, Tensor):
+            pieces = [_MAX_COUNT] * (samples // _MAX_COUNT) + [samples % _MAX_COUNT]
+            samples = constant(pieces, torch.int32, x.device)
+        dx: Tensor = torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, samples)
         return dx
 
 
@@ -135,9 +135,7 @@ def _merged(
     return mean, invstd
 
 
-def _finish(
-    means: Tensor, invstds: Tensor, counts: Tensor, count: int | None, how: Reduction
-) -> WholeBatch:
+def _finish(means: Tensor, invstds: Tensor, counts: Tensor, count: int | None, how: Reduction) -> WholeBatch:
     """Merge the last time.
 
     Args:

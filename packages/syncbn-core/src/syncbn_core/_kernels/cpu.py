@@ -155,9 +155,7 @@ def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | N
     return None if _is_far(mean, m2 - excess.abs_(), count) else (mean, m2)
 
 
-def affine(
-    x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Return ``(x - mean) * scale + shift`` in one pass, in the shape, dtype and layout of ``x``.
 
     Args:
@@ -172,7 +170,9 @@ def affine(
     if x.numel() == 0:
         return out
     if not is_dense(x):
-        return out.copy_(torch.native_batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0])
+        return out.copy_(
+            torch.native_batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
+        )
     if x.numel() > _FEW and x.dtype == scale.dtype and not x.is_contiguous():
         # Faster than a batch norm where the channels of a sample lie side by side.
         constant = -mean * scale if shift is None else torch.addcmul(shift, mean, scale, value=-1)

@@ -97,6 +97,6 @@ def affine_coefficients(given: InputGradient) -> tuple[Tensor, Tensor, Tensor]:
     scale = given.invstd
     if given.weight is not None:
         scale = scale * given.weight.to(scale.dtype)
-    share = scale / -given.count
+    share = scale / -given.samples
     slope = given.sum_dy_xmu * given.invstd * given.invstd * share
     return scale, slope, given.sum_dy * share

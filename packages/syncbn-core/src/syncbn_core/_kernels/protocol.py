@@ -30,7 +30,7 @@ class WholeBatch(NamedTuple):
     Attributes:
         mean: ``(C,)``, in the dtype of the arithmetic.
         invstd: ``(C,)``, the reciprocal of the standard deviation, in the same dtype.
-        count: the number of samples per channel; on accelerators, where only the devices know it, an int32
+        samples: the number of samples per channel; on accelerators, where only the devices know it, an int32
             tensor of the counts of all processes, ``(P,)``.
         rounding: ``(C,)``, how much larger ``mean`` is than the mean before it was rounded; None for 0.
         is_floor: ``(C,)``, where ``invstd`` is a constant because the variance is below its floor; None for
@@ -39,7 +39,7 @@ class WholeBatch(NamedTuple):
 
     mean: Tensor
     invstd: Tensor
-    count: int | Tensor
+    samples: int | Tensor
     rounding: Tensor | None = None
     is_floor: Tensor | None = None
 
@@ -50,10 +50,11 @@ class WholeBatch(NamedTuple):
         if away:
             both = torch.stack([self.mean, self.invstd])
             for device in away:
-                count = self.count
-                if isinstance(count, Tensor):
-                    count = count.to(device, non_blocking=True)
-                found[device] = WholeBatch(*both.to(device, non_blocking=True).unbind(), count)
+                samples = self.samples
+                if isinstance(samples, Tensor):
+                    samples = samples.to(device, non_blocking=True)
+                mean, invstd = both.to(device, non_blocking=True).unbind()
+                found[device] = WholeBatch(mean, invstd, samples)
         return found
 
 
@@ -179,7 +180,7 @@ class InputGradient(NamedTuple):
         weight: ``(C,)`` or None, the replica's own.
         sum_dy: ``(C,)``, over the whole batch.
         sum_dy_xmu: ``(C,)``, over the whole batch, of ``dy * (x - mean)``.
-        count: see `WholeBatch`.
+        samples: see `WholeBatch`.
     """
 
     mean: Tensor
@@ -187,4 +188,4 @@ class InputGradient(NamedTuple):
     weight: Tensor | None
     sum_dy: Tensor
     sum_dy_xmu: Tensor
-    count: int | Tensor
+    samples: int | Tensor

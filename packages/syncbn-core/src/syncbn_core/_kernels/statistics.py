@@ -145,9 +145,7 @@ def merge_stacked(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, T
     return mean, m2, count
 
 
-def whole_batch(
-    mean: Tensor, m2: Tensor, count: int | Tensor, own_count: int, how: Reduction
-) -> WholeBatch:
+def whole_batch(mean: Tensor, m2: Tensor, count: int | Tensor, own_count: int, how: Reduction) -> WholeBatch:
     """Turn merged statistics into what to normalize with, and move the running statistics.
 
     Args:

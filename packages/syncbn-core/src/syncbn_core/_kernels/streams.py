@@ -8,8 +8,7 @@ replicas' streams for their devices. Copies between devices then wait for what t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +38,9 @@ def taken_over(streams: Iterable[Any]) -> AbstractContextManager[None]:
 @contextmanager
 def _applied(streams: list[Any]) -> Iterator[None]:
     before = [_streams.current_stream(stream.device) for stream in streams]
-    device = torch.empty(0, device=before[0].device.type).device  # the current one, which a change of stream moves
+    device = torch.empty(
+        0, device=before[0].device.type
+    ).device  # the current one, which a change of stream moves
     try:
         for stream in streams:
             _streams.set_stream(stream)

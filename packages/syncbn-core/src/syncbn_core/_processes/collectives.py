@@ -111,7 +111,8 @@ class Processes:
             mean, m2, total = merge_stacked(*_unpacked(everybody))
             return mean, m2, int(total)
         counts = [int(each) for each in everybody[:, -1].tolist()]
-        parts = [(row[0], row[1]) for row in everybody[:, :-1].unflatten(1, (2, -1))]
+        n = len(mean)
+        parts = [(row[:n], row[n:-1]) for row in everybody]
         return *merge_statistics(parts, counts), sum(counts)
 
     def merge_with_gradient(self, mean: Tensor, m2: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +145,9 @@ class Processes:
             everybody = values.new_empty(self.world_size, *values.shape)
             if _gather_into is not None and dist.get_backend(self._group) != "gloo":
                 collective = _gather_into
-                self._collect(phase, values, lambda: collective(everybody.flatten(0, 1), values, group=self._group))
+                self._collect(
+                    phase, values, lambda: collective(everybody.flatten(0, 1), values, group=self._group)
+                )
             else:
                 rows = list(everybody.unbind())
                 self._collect(phase, values, lambda: dist.all_gather(rows, values, group=self._group))

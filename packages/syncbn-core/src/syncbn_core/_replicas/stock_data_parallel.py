@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn.parallel import replicate as torch_replicate
 
 from syncbn_comm import BrokenSyncError, ReplicaGroup
-
 from syncbn_core._replicas.place import Master, Place
 
 _REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call patch_replication_callback"
@@ -157,8 +156,9 @@ _by_context: weakref.WeakKeyDictionary[Any, _ContextForward] = weakref.WeakKeyDi
 
 
 def is_counted(place: Place | None) -> bool:
-    """Whether torch's own loop has made this replica, so that counting tells which replicas belong together."""
-    return isinstance(place, StockPlace) and isinstance(place._forward, _Forward) and place._forward.is_announced
+    """Whether torch's own loop has made this replica, so that counting tells who belongs together."""
+    forward = place._forward if isinstance(place, StockPlace) else None
+    return isinstance(forward, _Forward) and forward.is_announced
 
 
 def enlist_by_context(ctx: Any, copy_id: int, name: str, nested: bool) -> Place:
