@@ -59,6 +59,11 @@ def reduce_gradients(
     if parts:
         dweight, dbias = total[1] * invstd, total[0]
     if processes is not None:
+        if is_batched([total]):
+            raise RuntimeError(
+                "expected one gradient at a time through layers that synchronize over processes, got many at "
+                "once (is_grads_batched=True, or jacobian(vectorize=True)): call autograd.grad once for each"
+            )
         dbias = None if dbias is None else parts[0][0] if len(parts) == 1 else dbias.clone()
         total = processes.sum(total)
     if is_floor is not None:
@@ -71,7 +76,11 @@ def reduce_gradients(
 def is_batched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``)."""
     # Private to torch, which has no public way to ask.
-    return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
+    functorch = torch._C._functorch
+    return any(
+        t is not None and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
+        for t in tensors
+    )
 
 
 def backward_kernels_of(device: torch.device, is_batched: bool) -> Kernels:
