@@ -11,7 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 from syncbn_comm import ReplicaGroup
-from syncbn_core import _apart, _cpu, _kernels, _together
+from syncbn_core._autograd import one_node
+from syncbn_core._kernels.cpu import CpuKernels
 from syncbn_parallel import DataParallelWithCallback
 
 
@@ -56,8 +57,8 @@ class Clocks:
         return run
 
     def add(self, name: str, seconds: float) -> None:
-        """Add a time that passed in this thread."""
-        alone = threading.current_thread() is threading.main_thread()
+        """Add a time that passed in this thread, while the others worked too or waited for it."""
+        alone = threading.current_thread() is threading.main_thread() or getattr(self._thread, "merges", False)
         with self._lock:
             self.seconds[name] += seconds if alone else seconds / self._replicas
 
@@ -67,21 +68,28 @@ class Clocks:
         replica = type(ReplicaGroup(1).member(0))
         exchange = replica.exchange
 
+        def merging(combine: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                self._thread.merges = True
+                try:
+                    return combine(*arguments)
+                finally:
+                    self._thread.merges = False
+
+            clocked = self.on("merge", run)
+            return clocked
+
         def clocked_exchange(self_: Any, message: Any, combine: Callable[..., Any], **keywords: Any) -> Any:
-            return exchange(self_, message, self.on("merge", combine), **keywords)
+            return exchange(self_, message, merging(combine), **keywords)
 
         replicate = ("replication", DataParallelWithCallback, "replicate")
         on_tensors = [
-            ("statistics", _kernels, "local_statistics"),
-            ("statistics", _kernels, "gradient_sums"),
-            ("statistics", _cpu, "gradient_sums"),
-            ("statistics", _apart, "enter"),
-            ("normalization", _kernels, "normalize"),
-            ("normalization", _kernels, "input_gradient"),
-            ("normalization", _cpu, "input_gradient"),
-            ("normalization", _apart, "leave"),
-            ("normalization", _cpu, "backward"),
-            ("together", _together, "batch_norm"),
+            ("statistics", CpuKernels, "local_statistics"),
+            ("statistics", CpuKernels, "merge"),
+            ("statistics", CpuKernels, "gradient_sums"),
+            ("normalization", CpuKernels, "normalize"),
+            ("normalization", CpuKernels, "input_gradient"),
+            ("normalization", one_node, "leave"),
         ]
         with ExitStack() as stack:
             for clock, (name, owner, function) in [
@@ -92,10 +100,6 @@ class Clocks:
                 stack.enter_context(patch.object(owner, function, clocked))
             stack.enter_context(patch.object(replica, "exchange", self.on("meeting", clocked_exchange)))
             yield
-        # One replica works while the others wait for it; on small batches it normalises for all of them, by
-        # kernels that take the statistics on the way.
-        working = self.seconds.pop("merge") * self._replicas
-        normalizing = self.seconds.pop("together", 0.0) * self._replicas
-        self.seconds["statistics"] += working - normalizing
-        self.seconds["normalization"] += normalizing
-        self.seconds["hand-off, waiting"] = self.seconds.pop("meeting") - working
+        # One replica merges while the others wait for it; what it does there has been counted by itself.
+        merging_time = self.seconds.pop("merge") * self._replicas
+        self.seconds["hand-off, waiting"] = self.seconds.pop("meeting") - merging_time
