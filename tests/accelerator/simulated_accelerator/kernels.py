@@ -38,6 +38,8 @@ def _on_device(name: str, kernel: Callable[..., Any], written: Collection[str]) 
         if len(devices) != 1:
             raise RuntimeError(f"expected all tensors on the same device, got {devices} in {operator}")
         device = next(iter(tensors.values())).device
+        if operator in _PASSES:
+            _expect_layout(tensors["x"], tensors.get("dy"))
         addresses = {key: tensor.untyped_storage().data_ptr() for key, tensor in tensors.items()}
         native().launch(
             operator,
@@ -93,28 +95,29 @@ def _expect(dtype: torch.dtype, **tensors: Tensor | None) -> None:
             raise RuntimeError(f"expected {name} of {dtype}, as a GPU's kernel does, got {tensor.dtype}")
 
 
-def _expect_layout(x: Tensor, dy: Tensor | None = None) -> None:
+def _expect_layout(x: Tensor, dy: Tensor | None) -> None:
     """The kernels know contiguous and channels-last tensors, and read dy as if it were laid out as x."""
-    if x.numel() and not _is_dense(x):
+    if x.numel() == 0:
+        return
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    layouts = [torch.contiguous_format, *([channels_last] if channels_last is not None else [])]
+    if not any(x.is_contiguous(memory_format=layout) for layout in layouts):
         raise RuntimeError(
             f"expected x contiguous or channels_last, as a GPU's kernel does, got strides {x.stride()}"
         )
-    if dy is not None and x.numel() and dy.stride() != x.stride():
+    if dy is not None and _strides(dy) != _strides(x):
         raise RuntimeError(
             f"expected dy in the layout of x, strides {x.stride()}, as a GPU's kernel does, got {dy.stride()}"
         )
 
 
-def _is_dense(x: Tensor) -> bool:
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if x.is_contiguous():
-        return True
-    return channels_last is not None and x.is_contiguous(memory_format=channels_last)
+def _strides(x: Tensor) -> list[int]:
+    """Those that matter: along an axis of length 1 nobody steps."""
+    return [stride for stride, size in zip(x.stride(), x.shape) if size > 1]
 
 
 def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x -> mean, invstd``, ``(C,)`` each."""
-    _expect_layout(x)
     wide = x.to(_arithmetic(x))
     mean = wide.mean(_axes(x))
     var = (wide - _along(mean, x)).square().mean(_axes(x))
@@ -157,7 +160,6 @@ def batch_norm_elemt(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias``, as x in dtype and layout."""
-    _expect_layout(x)
     _expect(_arithmetic(x), mean=mean, invstd=invstd)
     _expect_one_dtype(x, weight=weight, bias=bias)
     y = (x.to(mean.dtype) - _along(mean, x)) * _along(invstd, x)
@@ -202,7 +204,6 @@ def batch_norm_backward_reduce(
     bias_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """The sums of dy and of dy * (x - mean), and of them the gradients of weight and bias."""
-    _expect_layout(x, dy)
     _expect(_arithmetic(x), mean=mean, invstd=invstd)
     _expect(x.dtype, dy=dy)
     _expect_one_dtype(x, weight=weight)
@@ -226,7 +227,6 @@ def batch_norm_backward_elemt(
     count: Tensor,
 ) -> Tensor:
     """dx, of the sums and the counts of all shards."""
-    _expect_layout(x, dy)
     _expect(_arithmetic(x), mean=mean, invstd=invstd, weight=weight, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu)
     _expect(x.dtype, dy=dy)
     _expect(torch.int32, count=count)
@@ -308,6 +308,12 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "convolution_backward_overrideable": convolution_backward_overrideable,
 }
 
+_PASSES = {  # over a whole batch
+    "batch_norm_stats",
+    "batch_norm_elemt",
+    "batch_norm_backward_reduce",
+    "batch_norm_backward_elemt",
+}
 _RUNNING = ("running_mean", "running_var")
 _WRITTEN: dict[str, Collection[str]] = {
     "batch_norm_gather_stats_with_counts": _RUNNING,
