@@ -50,7 +50,7 @@ def test_tensors_of_two_devices_do_not_mix(operator) -> None:
 
 def test_tensors_of_two_devices_do_not_mix_in_a_kernel() -> None:
     x, mean = torch.ones(2, 3, device="sim:0"), torch.ones(3, device="sim:1")
-    with pytest.raises(RuntimeError, match="same device, got .* in batch_norm_elemt"):
+    with pytest.raises(RuntimeError, match=r"same device, got .* in batch_norm_elemt"):
         torch.batch_norm_elemt(x, None, None, mean, mean, 0.0)
 
 

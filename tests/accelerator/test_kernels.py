@@ -80,21 +80,21 @@ class TestDemands:
 
     def test_counts_have_the_dtype_of_the_running_statistics(self) -> None:
         self.merge(self.half, self.rows, self.v, self.counts)
-        with pytest.raises(RuntimeError, match="expected counts of torch.float32"):
+        with pytest.raises(RuntimeError, match=r"expected counts of torch\.float32"):
             self.merge(self.half, self.rows, self.v, self.counts.half())
 
     def test_counts_have_the_dtype_of_the_input_without_running_statistics(self) -> None:
         self.merge(self.half, self.rows, None, self.counts.half())
-        with pytest.raises(RuntimeError, match="expected counts of torch.float16"):
+        with pytest.raises(RuntimeError, match=r"expected counts of torch\.float16"):
             self.merge(self.half, self.rows, None, self.counts)
 
     def test_statistics_to_merge_have_the_dtype_of_the_arithmetic(self) -> None:
-        with pytest.raises(RuntimeError, match="expected means of torch.float32"):
+        with pytest.raises(RuntimeError, match=r"expected means of torch\.float32"):
             self.merge(self.x, self.rows.double(), self.v, self.counts)
 
     def test_a_half_is_normalized_by_float32(self) -> None:
         torch.batch_norm_elemt(self.half, self.v, self.v, self.v, self.v, 0.0)
-        with pytest.raises(RuntimeError, match="expected mean of torch.float32"):
+        with pytest.raises(RuntimeError, match=r"expected mean of torch\.float32"):
             torch.batch_norm_elemt(self.half, self.v, self.v, self.v.half(), self.v.half(), 0.0)
 
     def test_a_gradient_has_the_layout_of_its_input(self) -> None:
@@ -110,11 +110,11 @@ class TestDemands:
 
     def test_an_input_gradient_takes_counts_of_int32(self) -> None:
         self.input_gradient()
-        with pytest.raises(RuntimeError, match="expected count of torch.int32"):
+        with pytest.raises(RuntimeError, match=r"expected count of torch\.int32"):
             self.input_gradient(counts=self.counts)
 
     def test_an_input_gradient_takes_the_weight_in_the_dtype_of_the_arithmetic(self) -> None:
-        with pytest.raises(RuntimeError, match="expected weight of torch.float32"):
+        with pytest.raises(RuntimeError, match=r"expected weight of torch\.float32"):
             self.input_gradient(weight=self.v.half())
 
     def input_gradient(

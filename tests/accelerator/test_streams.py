@@ -1,4 +1,4 @@
-"""Streams are told apart: whoever uses another stream's tensor needs an event, and finds it where torch has one."""
+"""Streams are told apart: to use another stream's tensor takes an event between the two."""
 
 import threading
 
@@ -50,7 +50,7 @@ def test_a_tensor_that_another_stream_reads_is_not_written_without_an_event() ->
     side.wait_stream(torch.sim.current_stream(1))
     with torch.sim.stream(side):
         x + 1
-    with pytest.raises(RuntimeError, match="writes a tensor that stream .* of sim:1 read before"):
+    with pytest.raises(RuntimeError, match=r"writes a tensor that stream .* of sim:1 read before"):
         x.add_(1)
     torch.sim.current_stream(1).wait_stream(side)
     x.add_(1)
