@@ -1,4 +1,4 @@
-"""Replicas of a model on several devices, each in a thread of its own, and the whole batch to compare them with.
+"""Replicas of a model on several devices, each in its own thread, and the whole batch to compare with.
 
 All that tests need of a data-parallel wrapper. The wrapper itself is in a package that not every test has.
 """
