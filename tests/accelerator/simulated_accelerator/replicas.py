@@ -131,6 +131,7 @@ class Step:
         devices: one for each replica.
         call: what each replica does with its input.
         introduced: as for `DeviceReplicas`.
+        weights: of the outputs in the loss, on the CPU; None for those of `weights_of`.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Step:
         devices: Sequence[str],
         call: Call = lambda replica, x, rank: replica(x),
         introduced: bool = True,
+        weights: Sequence[Tensor] | None = None,
     ) -> None:
         model.zero_grad()
         inputs = [
@@ -149,9 +151,10 @@ class Step:
         replicas = DeviceReplicas(model, devices, introduced)
         with counted() as self.forward:
             self.outputs = replicas.run(lambda replica, rank: call(replica, inputs[rank], rank))
-        weights = [w.to(y) for w, y in zip(weights_of(self.outputs), self.outputs)]
+        weights = weights_of(self.outputs) if weights is None else weights
+        dy = [weight.to(y) for weight, y in zip(weights, self.outputs)]
         with counted() as self.backward:
-            torch.autograd.backward(self.outputs, weights)
+            torch.autograd.backward(self.outputs, dy)
         self.inputs = inputs
         self.gave = _result(model, self.outputs, [x.grad for x in inputs])
 
