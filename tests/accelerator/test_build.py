@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import simulated_accelerator
+
+pytest_plugins = ["pytester"]
+
 LIMIT_SECONDS = 120.0
 
 # A module that takes no time to compile stands for the device.
@@ -79,15 +83,39 @@ def test_a_build_after_one_that_was_killed_does_not_hang(builder: Builder) -> No
     assert builder.result(builder.start()) == "simulated_accelerator_native"
 
 
-def test_processes_that_build_at_once_wait_for_one_build(builder: Builder) -> None:
+def test_processes_that_build_at_once_wait_for_one_build(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     processes = [builder.start() for _ in range(2)]
     assert [builder.result(process) for process in processes] == ["simulated_accelerator_native"] * 2
-    assert builder.result(builder.start(PATH="")) == "simulated_accelerator_native"  # it is there already
+    monkeypatch.setattr("simulated_accelerator.build.BUILDS", builder.folder / "builds")
+    monkeypatch.setattr("simulated_accelerator.build._SOURCES", (builder.folder / "source.cpp",))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert simulated_accelerator.missing() is None  # it is there already
 
 
-def test_what_is_missing_is_named(builder: Builder) -> None:
-    reason = builder.result(builder.start(CXX="no-such-compiler"))
-    assert reason == "the simulated accelerator needs no-such-compiler to be built"
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator) -> None:
+    monkeypatch.setattr("simulated_accelerator.build.BUILDS", tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert accelerator.missing() == "the simulated accelerator needs no-such-compiler to be built"
+    monkeypatch.setenv("CXX", sys.executable)  # anything that can be found
+    assert accelerator.missing() is None
+    monkeypatch.setattr("simulated_accelerator.build.OLDEST_TORCH", (99, 0))
+    assert "needs torch 99.0 or later" in accelerator.missing()
+
+
+def test_ninja_is_found_beside_the_interpreter_though_it_is_not_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator
+) -> None:
+    ninja = tmp_path / "ninja"
+    ninja.touch(0o755)
+    monkeypatch.setattr("simulated_accelerator.build.BUILDS", tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("CXX", "/bin/sh")
+    monkeypatch.setenv("PATH", "")
+    assert accelerator.missing() is None
+    ninja.unlink()
+    assert accelerator.missing() == "the simulated accelerator needs ninja to be built"
 
 
 @pytest.mark.parametrize(("required", "outcome"), [("0", "skipped"), ("1", "errors")])

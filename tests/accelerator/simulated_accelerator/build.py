@@ -34,7 +34,8 @@ def missing() -> str | None:
 
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
-        return f"the simulated accelerator needs torch 2.13 or later, got {torch.__version__}"
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"the simulated accelerator needs torch {oldest} or later, got {torch.__version__}"
     if sys.platform == "win32":
         return "the simulated accelerator needs file locks of POSIX"
     if (build_folder() / _COMPLETE).exists():
