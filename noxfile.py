@@ -28,7 +28,7 @@ LAYERS = {  # each package after the layers below it
     "convert": ("comm", "core", "parallel", "convert"),
 }
 ALL_TESTS = (*(f"packages/syncbn-{package}/tests" for package in LAYERS), "tests")
-TEST_TOOLS = ("pytest", "hypothesis")
+TEST_TOOLS = ("pytest", "hypothesis", "ninja")  # ninja builds the simulated accelerator
 DEMO_TOOLS = ("scikit-learn", "tqdm", "matplotlib")
 
 wheels: dict[str, str] = {}  # filled once per run of nox, by the session that first needs them

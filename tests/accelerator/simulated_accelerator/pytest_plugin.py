@@ -1,0 +1,25 @@
+"""The fixture by which a test asks for the device."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import pytest
+
+REQUIRE = "SYNCBN_REQUIRE_ACCELERATOR"
+"""Set to 1, this variable makes a failure of what would be a skip, for machines that have what is needed."""
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> ModuleType:
+    """Load the simulated accelerator and return its package; skip the test where it cannot be built."""
+    import simulated_accelerator  # only now: it imports torch, and not every package's tests have that
+
+    reason = simulated_accelerator.missing()
+    if reason is not None:
+        if os.environ.get(REQUIRE) == "1":
+            pytest.fail(f"{reason}, and {REQUIRE}=1 is set")
+        pytest.skip(reason)
+    simulated_accelerator.load()
+    return simulated_accelerator
