@@ -32,7 +32,7 @@ from syncbn_core._kernels.statistics import (
     samples_per_channel,
     whole_batch,
 )
-from syncbn_core._kernels.streams import current_stream, taken_over
+from syncbn_core._kernels.streams import current_stream, keep_for, ordered
 from syncbn_core._options import EpsMode, check_eps_mode, clamps
 from syncbn_core._processes.backward_order import chain_of
 from syncbn_core._processes.collectives import Processes, are_several, processes_of
@@ -125,7 +125,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     def _forward_composite(self, input: Tensor, synchronizes: bool) -> Tensor:
         # To float32 once: the gradients of both uses are added before they are rounded to halves.
         x = input.to(compute_dtype(input.dtype))
-        message = Message(torch.stack(local_statistics(x)), samples_per_channel(x), input.dtype)
+        statistics = torch.stack(local_statistics(x))
+        message = Message(statistics, samples_per_channel(x), input.dtype, current_stream(x.device))
         mean, invstd = self._agree(message, synchronizes).unbind()
         return plain.normalize(x, mean, invstd, self.weight, self.bias).to(input.dtype)
 
@@ -172,13 +173,19 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         """
         ranks, messages = zip(*intermediates)
         kinds = set(map(type, messages))
-        with taken_over(message.stream for message in messages):
+        with ordered([message.stream for message in messages]) as own_streams:
             if kinds == {Message}:
-                return self._data_parallel_master(intermediates)
-            answers: Sequence[Any] = [None] * len(ranks)
-            if kinds == {one_node.Share} and len({share.x.dtype for share in messages}) == 1:
-                answers = one_node.reduce(messages, self._reduction(messages[0].x, messages[0].x.dtype))
-        return list(zip(ranks, answers))
+                answers = self._data_parallel_master(intermediates)
+            elif kinds == {one_node.Share} and len({share.x.dtype for share in messages}) == 1:
+                how = self._reduction(messages[0].x, messages[0].x.dtype)
+                answers = list(zip(ranks, one_node.reduce(messages, how)))
+            else:
+                return [(rank, None) for rank in ranks]
+            for message, (_, answer), own_stream in zip(messages, answers, own_streams):
+                if own_stream is not None:
+                    keep_for(message.tensor, own_stream)
+                    keep_for(answer if isinstance(answer, Tensor) else answer.y, message.stream)
+        return answers
 
     def _data_parallel_master(self, intermediates: Sequence[tuple[int, Message]]) -> list[tuple[int, Tensor]]:
         """Reduce the statistics of all replicas; runs once per call of the layer, in the thread of replica 0.
@@ -328,8 +335,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if self.eps <= 0:
             raise ValueError(f"batch_norm eps must be positive, but got {self.eps} at {self._where()!r}")
         allowed = (input.dtype, compute_dtype(input.dtype))
+        tensors = {**self._parameters, **self._buffers}
         for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor = getattr(self, name)
+            tensor = tensors.get(name)
             if tensor is not None and tensor.dtype not in allowed:
                 raise RuntimeError(
                     f"expected an input of the dtype of {name!r} at {self._where()!r} ({tensor.dtype}), or a "

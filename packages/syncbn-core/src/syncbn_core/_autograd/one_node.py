@@ -35,7 +35,7 @@ from syncbn_core._kernels import kernels_of
 from syncbn_core._kernels.layouts import DENSE, laid_out_as
 from syncbn_core._kernels.protocol import InputGradient, Reduction, Statistics, WholeBatch
 from syncbn_core._kernels.statistics import samples_per_channel
-from syncbn_core._kernels.streams import current_stream
+from syncbn_core._kernels.streams import across, current_stream, wait_for
 
 # Batches of up to so many elements per replica are joined (measured on two cores, with 2 and 4 replicas).
 JOINED_UP_TO = 2**18
@@ -59,6 +59,11 @@ class Share(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     stream: Any
+
+    @property
+    def tensor(self) -> Tensor:
+        """What the master reads."""
+        return self.x
 
 
 class Output(NamedTuple):
@@ -178,6 +183,7 @@ class _BatchNorm(Function):
         ctx.where, ctx.processes, ctx.chain = how.name, how.processes, how.chain
         ctx.is_running = how.is_running
         ctx.wholes, ctx.sizes = plan.wholes, None
+        ctx.streams = [share.stream for share in plan.shares]
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         ctx.set_materialize_grads(False)
         link = torch.empty(0)  # what the next node of the chain depends on; the last of what is saved
@@ -207,9 +213,13 @@ class _BatchNorm(Function):
         if ctx.chain is not None:
             ctx.chain.over = True
         many = is_batched(dys)
-        with torch.no_grad():
+        devices = [x.device for x in batches]
+        with torch.no_grad(), across(devices[0], devices):
             used = _joined_gradients(dys, batches[0], ctx.sizes) if ctx.sizes else dys
             wanted = [any(need_inputs)] if ctx.sizes else need_inputs
+            for dy, stream in zip(dys, ctx.streams):
+                if dy is None:  # no gradient has ordered this thread's streams after the forward's
+                    wait_for(stream)
             dweight, dbias, dxs = _gradients(used, batches, weights, wanted, ctx.wholes, ctx.processes, many)
             if ctx.sizes and dxs[0] is not None:
                 dxs = torch.split(dxs[0], ctx.sizes) if many else _split(dxs[0], ctx.sizes)

@@ -41,6 +41,7 @@ from syncbn_core._autograd.gradients import (
 from syncbn_core._kernels import kernels_of
 from syncbn_core._kernels.protocol import InputGradient, Reduction
 from syncbn_core._kernels.statistics import merge_dtype
+from syncbn_core._kernels.streams import across
 
 # Autograd wants a gradient in the shape of what it is the gradient of. Gather hands two vectors to Merge and
 # gets five back: mean, invstd, weight, and the means of dy and of dy * (x - mean).
@@ -160,7 +161,7 @@ class _Merge(Function):
         _, _, need_weight, need_bias, _, *need_parts = ctx.needs_input_grad
         dweight = dbias = None
         wanted: list[Tensor | None] = [None] * len(sums)
-        with torch.no_grad():
+        with torch.no_grad(), across(home, ctx.devices):
             # In rank order, whatever the order in which autograd came by.
             parts = [_pair(part, home) for part in sums if part is not None]
             reduced = reduce_gradients(parts, whole, ctx.processes)

@@ -217,9 +217,10 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
 def _new_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if dtype.is_floating_point:
         values = tuple(value or _NOTHING for value in values)
+    # Written by the device: for a copy of host memory, the host would wait.
     if len(set(values)) == 1:
         return torch.full((len(values),), values[0], dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 @lru_cache(maxsize=256)

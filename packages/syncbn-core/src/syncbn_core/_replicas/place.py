@@ -28,6 +28,11 @@ class Message(NamedTuple):
     dtype: torch.dtype
     stream: Any = None
 
+    @property
+    def tensor(self) -> Tensor:
+        """What the master reads."""
+        return self.statistics
+
 
 Master = Callable[[Sequence[tuple[int, Any]]], list[tuple[int, Any]]]
 """``[(rank, message), ...] -> [(rank, answer), ...]``, in replica 0's thread."""
