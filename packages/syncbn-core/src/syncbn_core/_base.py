@@ -173,6 +173,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         """
         ranks, messages = zip(*intermediates)
         kinds = set(map(type, messages))
+        answers: list[tuple[int, Any]]
         with ordered([message.stream for message in messages]) as own_streams:
             if kinds == {Message}:
                 answers = self._data_parallel_master(intermediates)
