@@ -64,6 +64,12 @@ def test_an_empty_shard_that_comes_first_makes_nan_of_the_merge() -> None:
     assert (mean.tolist(), invstd.tolist()) == ([1.0] * 3, [1.0] * 3)
 
 
+def test_a_variance_of_zero_has_no_reciprocal_without_eps() -> None:
+    x = torch.ones(4, 3, device="sim:2")
+    assert torch.batch_norm_stats(x, 0.0)[1].tolist() == [0.0] * 3
+    assert torch.batch_norm_stats(x, 0.25)[1].tolist() == [2.0] * 3
+
+
 class TestDemands:
     """Each call is right but for one argument."""
 

@@ -102,7 +102,8 @@ def test_a_read_by_the_host_is_ordered_by_the_current_stream() -> None:
 
 def test_a_copy_between_devices_orders_the_current_streams_of_both() -> None:
     x = torch.ones(3, device="sim:1")
-    (x.to("sim:2") + 1).to("sim:1").add_(x)
+    y = torch.zeros(3, device="sim:2").copy_(x)  # after the zeros
+    (y + 1).to("sim:1").add_(x)
 
 
 def test_a_copy_reads_on_the_current_stream_of_its_source() -> None:

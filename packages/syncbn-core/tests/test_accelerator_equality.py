@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simulated_accelerator.replicas import Step, twin_of, whole_batch_step
+from simulated_accelerator.replicas import DeviceReplicas, Step, twin_of, weights_of, whole_batch_step
 from syncbn_core import (
     SynchronizedBatchNorm,
     SynchronizedBatchNorm1d,
@@ -42,7 +42,7 @@ LAYOUTS = [
     (SynchronizedBatchNorm3d, (2, 3, 2), torch.channels_last_3d),
     (SynchronizedBatchNorm, (3, 5), torch.contiguous_format),
 ]
-SPLITS = [[2, 2], [1, 3], [0, 4], [1, 1], [0, 0, 1, 4], [3, 0, 1, 2]]
+SPLITS = [[3], [2, 2], [1, 3], [0, 4], [1, 1], [0, 0, 1, 4], [3, 0, 1, 2]]
 
 
 def batches(
@@ -140,9 +140,19 @@ def test_a_clamped_variance_equals_that_of_plain_operations(eps, fused, layer_on
         return (x - mean) / var.clamp(min=eps).sqrt() * weight + bias
 
     chunks = batches([2, 0, 3])
+    for chunk in chunks:
+        chunk[:, 1] = 2.0  # a variance of zero
     step = Step(layer, chunks, DEVICES["four devices"][:3])
     torch.testing.assert_close(step.gave, whole_batch_step(twin, chunks, clamped), rtol=1e-10, atol=1e-10)
     assert [(counts.reads, counts.waits) for counts in step.counts] == [(0, 0)] * 2, step.counts
+
+
+@FUSED
+def test_a_channel_without_variance_equals_the_whole_batch(fused, layer_on) -> None:
+    chunks = batches([2, 0, 3])
+    for chunk in chunks:
+        chunk[:, 1] = 2.0
+    check(layer_on(fused=fused), chunks, DEVICES["four devices"])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -186,8 +196,6 @@ def test_a_layer_in_evaluation_equals_torchs_and_meets_nobody(fused, layer_on) -
 def test_without_gradients_the_output_is_the_same(fused, layer_on) -> None:
     layer = layer_on(fused=fused)
     twin = twin_of(layer, 4)
-    from simulated_accelerator.replicas import DeviceReplicas
-
     chunks = batches([2, 0, 3])
     with torch.no_grad():
         replicas = DeviceReplicas(layer, DEVICES["four devices"][:3])
@@ -196,3 +204,26 @@ def test_without_gradients_the_output_is_the_same(fused, layer_on) -> None:
     expected = twin(torch.cat(chunks))
     torch.testing.assert_close(torch.cat([y.cpu() for y in outputs]), expected, rtol=1e-10, atol=1e-10)
     assert not any(y.requires_grad for y in outputs)
+
+
+@FUSED
+@pytest.mark.parametrize("used", [[0, 2], [1], [2]], ids=str)
+def test_outputs_that_the_loss_ignores_contribute_nothing(used, fused, layer_on) -> None:
+    layer = layer_on(fused=fused)
+    twin = twin_of(layer, 4)
+    chunks = batches([2, 1, 3])
+    inputs = [chunk.to(f"sim:{rank}").requires_grad_() for rank, chunk in enumerate(chunks)]
+    outputs = DeviceReplicas(layer, DEVICES["four devices"][:3]).run(
+        lambda replica, rank: replica(inputs[rank])
+    )
+    weights = weights_of(outputs)
+    torch.autograd.backward(
+        [outputs[rank] for rank in used], [weights[rank].to(f"sim:{rank}") for rank in used]
+    )
+    whole = torch.cat(chunks).requires_grad_()
+    parts = twin(whole).split([len(chunk) for chunk in chunks])
+    torch.autograd.backward([parts[rank] for rank in used], [weights[rank] for rank in used])
+    dx = torch.cat([x.grad.cpu() for x in inputs])
+    torch.testing.assert_close(dx, whole.grad, rtol=1e-10, atol=1e-10)
+    for ours, expected in zip(layer.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad.cpu(), expected.grad, rtol=1e-10, atol=1e-10)

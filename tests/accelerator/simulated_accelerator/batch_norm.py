@@ -54,11 +54,12 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x -> mean, invstd``, ``(C,)`` each."""
+    """``x -> mean, invstd``, ``(C,)`` each; an invstd of 0, not of infinity, where variance and eps are 0."""
     wide = x.to(_arithmetic(x))
     mean = wide.mean(_axes(x))
     var = (wide - _along(mean, x)).square().mean(_axes(x))
-    return mean, (var + eps).rsqrt()
+    invstd = (var + eps).rsqrt()
+    return mean, invstd.masked_fill(var == 0, 0.0) if eps == 0 else invstd
 
 
 def batch_norm_gather_stats_with_counts(
