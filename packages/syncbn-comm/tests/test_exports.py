@@ -13,12 +13,14 @@ import syncbn_comm
 PUBLIC = {
     "BrokenSyncError",
     "FutureResult",
+    "Replica",
     "ReplicaGroup",
     "ReplicaLeftError",
     "SlavePipe",
     "SyncError",
     "SyncMaster",
     "SyncTimeoutError",
+    "current_replica",
 }
 
 
@@ -47,8 +49,15 @@ def test_the_errors_are_one_family_and_standard_types():
 def test_a_traceback_names_an_error_as_users_import_it():
     for name in PUBLIC:
         kind = getattr(syncbn_comm, name)
-        if issubclass(kind, BaseException):
+        if isinstance(kind, type) and issubclass(kind, BaseException):
             assert traceback.format_exception_only(kind("why")) == [f"syncbn_comm.{name}: why\n"]
+
+
+def test_a_class_names_the_package_as_its_module():
+    for name in PUBLIC:
+        kind = getattr(syncbn_comm, name)
+        if isinstance(kind, type):
+            assert kind.__module__ == "syncbn_comm"
 
 
 def test_importing_is_silent_and_brings_in_the_standard_library_alone():

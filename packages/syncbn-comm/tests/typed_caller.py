@@ -5,7 +5,15 @@ from __future__ import annotations
 import operator
 from typing import assert_type
 
-from syncbn_comm import BrokenSyncError, FutureResult, ReplicaGroup, SlavePipe, SyncMaster
+from syncbn_comm import (
+    BrokenSyncError,
+    FutureResult,
+    Replica,
+    ReplicaGroup,
+    SlavePipe,
+    SyncMaster,
+    current_replica,
+)
 
 
 def use_a_group() -> None:
@@ -16,6 +24,8 @@ def use_a_group() -> None:
         assert_type(replica.broadcast(b"x", src=0), bytes)
         assert_type(replica.exchange(2, halves, where="bn2"), float)
         replica.barrier()
+        assert_type(current_replica(), Replica | None)
+        assert_type(group.active_ranks, list[int])
     assert_type(group.failure, BaseException | None)
     assert_type(group.failed_rank, int | None)
     assert_type(replica.finished, bool)

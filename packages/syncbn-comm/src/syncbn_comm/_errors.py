@@ -28,7 +28,3 @@ class ReplicaLeftError(BrokenSyncError):
 
 class MisuseError(SyncError, ValueError):
     """A call that could not work whatever the other replicas do; nothing is broken by it."""
-
-
-for _kind in (SyncError, BrokenSyncError, SyncTimeoutError, ReplicaLeftError):
-    _kind.__module__ = "syncbn_comm"  # a traceback names them as users import them

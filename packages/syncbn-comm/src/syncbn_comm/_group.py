@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+import threading
+import weakref
 from collections.abc import Callable, Iterable
 from functools import reduce
 from types import TracebackType
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
-from syncbn_comm import _party
+from syncbn_comm import _party, _reports
 from syncbn_comm._errors import MisuseError
 from syncbn_comm._party import State
 from syncbn_comm._rendezvous import Rendezvous
@@ -18,6 +19,40 @@ from syncbn_comm._timeout import Timeout, resolve_timeout
 T = TypeVar("T")
 Message = TypeVar("Message")
 Result = TypeVar("Result")
+
+
+class _OpenBlocks(threading.local):
+    """The members whose ``with`` blocks the calling thread is inside, the innermost last."""
+
+    def __init__(self) -> None:
+        # Weak references: an interrupt between `__enter__` and the block leaves an entry that nobody removes.
+        self.members: list[weakref.ref[Replica]] = []
+
+
+_open_blocks = _OpenBlocks()
+
+
+def current_replica() -> Replica | None:
+    """Return the member whose ``with`` block the calling thread is inside, or None outside of any.
+
+    Of nested blocks the innermost counts. Each thread has its own blocks: a thread that is started inside a
+    block is not inside it.
+
+    Example:
+        >>> group = ReplicaGroup(world_size=1)
+        >>> with group.member(0):
+        ...     current_replica() is group.member(0)
+        True
+        >>> current_replica() is None
+        True
+    """
+    members = _open_blocks.members
+    while members:
+        replica = members[-1]()
+        if replica is not None:
+            return replica
+        members.pop()
+    return None
 
 
 class ReplicaGroup:
@@ -67,7 +102,7 @@ class ReplicaGroup:
         for rank in range(1, world_size):
             self._rendezvous.join(rank)
         # Weakly, because a replica holds its group: in a cycle both would outlive the forward.
-        self._members: WeakValueDictionary[int, Replica] = WeakValueDictionary()
+        self._members: weakref.WeakValueDictionary[int, Replica] = weakref.WeakValueDictionary()
         self._lock = _party.new_lock()
 
     @property
@@ -95,6 +130,21 @@ class ReplicaGroup:
         """The rank of the replica that failed or left first; None if no failure, or no one replica's."""
         rank: int | None = self._rendezvous.failed
         return rank
+
+    @property
+    def active_ranks(self) -> list[int]:
+        """The ranks, in order, whose ``with`` block has been entered and not left.
+
+        A replica that is used without ``with`` is not among them.
+        """
+        parties = list(self._rendezvous.parties.values())  # in rank order
+        return [rank for rank, party in enumerate(parties) if party.entered]
+
+    def __repr__(self) -> str:
+        rendezvous = self._rendezvous
+        return _reports.described_group(
+            rendezvous.name, list(rendezvous.parties.values()), rendezvous.broken_by
+        )
 
     def member(self, rank: int) -> Replica:
         """Return the replica of this rank, always the same object.
@@ -144,6 +194,21 @@ class Replica:
 
     As a context manager it tells the others when it is done, or has failed. Without ``with`` it counts as
     running for as long as the group exists.
+
+    A thread may enter its member again inside the block; the replica leaves at the end of the outermost one.
+    Another thread cannot enter it meanwhile, and nobody can enter it once it has left.
+
+    Attributes:
+        group: the `ReplicaGroup` that it is a member of.
+        rank: its rank in the group; 0 is the first.
+
+    Example:
+        >>> group = ReplicaGroup(world_size=1, name="focal-loss")
+        >>> with group.member(0) as replica:
+        ...     replica
+        <Replica 0 (of 0 to 0) of 'focal-loss', running>
+        >>> replica
+        <Replica 0 (of 0 to 0) of 'focal-loss', left>
     """
 
     def __init__(self, group: ReplicaGroup, rank: int) -> None:
@@ -151,6 +216,7 @@ class Replica:
         self.rank = rank
         self._rendezvous = group._rendezvous
         self._party = group._rendezvous.parties[rank]
+        self._open_blocks: list[weakref.ref[Replica]] = []
 
     @property
     def finished(self) -> bool:
@@ -158,16 +224,29 @@ class Replica:
         return self._party.state is State.LEFT
 
     def __enter__(self) -> Replica:
-        if self.finished:
-            raise MisuseError(f"expected a replica that still runs, got replica {self.rank}, which has left")
+        self._rendezvous.enter(self._party)
+        # Kept for the end of the block, which for a generator may come in another thread.
+        self._open_blocks = _open_blocks.members
+        self._open_blocks.append(weakref.ref(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        own = weakref.ref(self)
+        if self._open_blocks[-1:] == [own]:
+            self._open_blocks.pop()
+        elif own in self._open_blocks:  # the blocks of generators may end in any order
+            self._open_blocks.remove(own)
         if failure is not None:
             self._rendezvous.abort(failure, self._party)
-        self._rendezvous.leave(self._party)
+        self._rendezvous.exit(self._party)
+
+    def __repr__(self) -> str:
+        rendezvous = self._rendezvous
+        return _reports.described_member(
+            rendezvous.name, self._party, len(rendezvous.parties), rendezvous.calls
+        )
 
     def exchange(
         self,

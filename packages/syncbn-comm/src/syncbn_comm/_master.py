@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from syncbn_comm import _party
+from syncbn_comm import _party, _reports
 from syncbn_comm._errors import MisuseError
 from syncbn_comm._party import Party
 from syncbn_comm._rendezvous import Combine, Rendezvous
@@ -24,6 +24,9 @@ class SlavePipe:
     def identifier(self) -> Hashable:
         """What the slave registered as."""
         return self._party.identifier
+
+    def __repr__(self) -> str:
+        return f"<SlavePipe {self._party.identifier!r} of '{self._where}'>"
 
     def run_slave(self, msg: Any) -> Any:
         """Post a message and wait for the result that the master's callback has for this slave.
@@ -168,6 +171,10 @@ class SyncMaster:
         """Forget slaves and failure: an empty set. Whoever still waits in the old set is told so."""
         with self._lock:
             self._forget_set("the master has been reset")
+
+    def __repr__(self) -> str:
+        slaves = list(self._set.parties.values())[1:]
+        return _reports.described_master(self._name, slaves, self._set.broken_by)
 
     def _forget_set(self, reason: str) -> None:
         # The new set first: whoever hears of the change finds it made.

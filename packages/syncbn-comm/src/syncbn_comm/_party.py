@@ -29,14 +29,18 @@ class Party:
         slot: the message on its way in, the result on its way out, None in between. There is one slot, so
             that neither can outlive its round.
         wake: a binary semaphore: held while there is nothing to wake up for.
+        entered: how many ``with`` blocks of it are open, all of them in one thread.
+        thread: the thread that entered the blocks.
     """
 
-    __slots__ = ("identifier", "slot", "state", "wake", "where")
+    __slots__ = ("entered", "identifier", "slot", "state", "thread", "wake", "where")
 
     def __init__(self, identifier: Hashable) -> None:
         self.identifier = identifier
         self.state = State.RUNNING
         self.where: str | None = None
         self.slot: Any = None
+        self.entered = 0
+        self.thread = 0
         self.wake = new_lock()
         self.wake.acquire()

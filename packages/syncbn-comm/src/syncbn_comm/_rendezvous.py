@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ class Rendezvous:
         self.calls: dict[str | None, int] = {}  # finished rounds, per place
         self.failure: BaseException | None = None
         self.failed: Any = None  # the identifier of the party that failed, where there is one
+        self.name = name
         self._prefix = f"{name}: " if name else ""
         self._report = ""
         self._mutex = _party.new_lock()
@@ -107,6 +109,27 @@ class Rendezvous:
         result, party.slot = party.slot, None
         return result
 
+    def enter(self, party: Party) -> None:
+        """Begin a ``with`` block of this party.
+
+        Raises:
+            MisuseError: the party has left, or another thread is inside a block of it.
+        """
+        thread = threading.get_ident()
+        with self._mutex:
+            if party.state is _LEFT or (party.entered and party.thread != thread):
+                raise MisuseError(self._prefix + _reports.cannot_enter(party))
+            party.entered += 1
+            party.thread = thread
+
+    def exit(self, party: Party) -> None:
+        """End a ``with`` block of this party; it leaves at the end of the outermost."""
+        with self._mutex:
+            party.entered = max(0, party.entered - 1)
+            if party.entered:
+                return
+        self.leave(party)
+
     def leave(self, party: Party) -> None:
         """Say that this party will not come any more."""
         with self._mutex:
@@ -138,6 +161,11 @@ class Rendezvous:
         with self._mutex:
             failure.__cause__, self.failure = self.failure, None
             self._break(failure, None, reason)
+
+    @property
+    def broken_by(self) -> str | None:
+        """What broke the rendezvous, in words; None if it is whole. This takes no lock, so it cannot block."""
+        return None if self.failure is None else self._report.removeprefix(self._prefix)
 
     def _break_stuck(self) -> None:
         parties = self.parties.values()

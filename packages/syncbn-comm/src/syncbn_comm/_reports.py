@@ -57,6 +57,52 @@ def misused(party: Party, where: str) -> str:
     return f"expected one call of {name} at a time, got one at {place} while it is at {_quoted(party.where)}"
 
 
+def cannot_enter(party: Party) -> str:
+    """Say why no ``with`` block of ``party`` can begin."""
+    if party.state is State.LEFT:
+        return f"expected a replica that still runs, got {_names([party])}, which has left"
+    return f"expected a replica that no other thread has entered, got {_names([party])}"
+
+
+def described_group(name: str | None, parties: list[Party], broken: str | None) -> str:
+    """Describe a group for ``repr``: its size, who is active, who has left, what broke it."""
+    active = [party for party in parties if party.entered]
+    left = [party for party in parties if party.state is State.LEFT]
+    words = [f"ReplicaGroup{_of(name, '')}, {_count(parties, 'replica')}"]
+    words += [f"active: {_identifiers(active)}"] if active else []
+    words += [f"left: {_identifiers(left)}"] if left else []
+    words += [f"broken: {broken}"] if broken is not None else []
+    return f"<{'; '.join(words)}>"
+
+
+def described_master(name: str | None, slaves: list[Party], broken: str | None) -> str:
+    """Describe a master for ``repr``: its slaves, and what broke the round."""
+    words = f"SyncMaster{_of(name, '')}, {_count(slaves, 'slave')}"
+    words += f": {_identifiers(slaves)}" if slaves else ""
+    words += f"; broken: {broken}" if broken is not None else ""
+    return f"<{words}>"
+
+
+def described_member(name: str | None, party: Party, size: int, calls: Calls) -> str:
+    """Describe one member of a group as its ``repr``: rank, group, what it does."""
+    does = party.state.name.lower()
+    if party.state in (State.WAITING, State.COMBINING):
+        does += f" at {_next_call(party.where, calls)}"
+    return f"<Replica {party.identifier} (of 0 to {size - 1}){_of(name, ' of')}, {does}>"
+
+
+def _count(parties: list[Party], noun: str) -> str:
+    return f"{len(parties)} {noun}{'' if len(parties) == 1 else 's'}"
+
+
+def _identifiers(parties: Iterable[Party]) -> str:
+    return ", ".join(str(party.identifier) for party in parties)
+
+
+def _of(name: str | None, before: str) -> str:
+    return f"{before} '{name}'" if name else ""
+
+
 def _first_line(failure: BaseException) -> str:
     try:
         return str(failure).strip().partition("\n")[0]
