@@ -1,4 +1,4 @@
-"""What all test files of this package share: threads that end, and a group of them."""
+"""Shared by all test files of this package: threads that are shown to end."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 import pytest
 
 from syncbn_comm import ReplicaGroup
-from syncbn_comm._party import State
+from syncbn_comm._participant import State
 
-# Far beyond what anything here takes: it decides only when to call a thread hung.
+# Much longer than anything here takes. A thread that runs longer hangs.
 HANG_SECONDS = 30.0
 
 
 class Threads:
-    """Runs callables, one thread each, and hands back what each returned or raised."""
+    """Runs each callable in a thread, and returns what it returned or raised."""
 
     def __init__(self) -> None:
         self.started: list[threading.Thread] = []
 
     def start(self, *works: Callable[[], Any]) -> Callable[..., list[Any]]:
-        """Start the works; the returned function joins them and gives their outcomes in order."""
+        """Start the works. The returned function joins their threads and returns the outcomes, in order."""
         outcomes: list[Any] = [None] * len(works)
 
         def run(index: int) -> None:
             try:
                 outcomes[index] = works[index]()
-            except BaseException as exc:  # an outcome like any other
+            except BaseException as exc:  # also an outcome
                 outcomes[index] = exc
 
         threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))]
@@ -68,18 +68,18 @@ class Threads:
 
 @pytest.fixture
 def threads() -> Any:
-    """Start threads that must all have ended by the end of the test."""
+    """Start threads, all of which have to end before the test does."""
     started = Threads()
     yield started
     started.join(started.started)
 
 
 def until_waiting(of: Any, *identifiers: Any, rounds: int = 0) -> None:
-    """Return once so many rounds are finished and these parties of a group or a master wait."""
+    """Return when that many rounds are complete and these participants of a group or a master wait."""
     rendezvous = of._rendezvous if isinstance(of, ReplicaGroup) else of._set
     deadline = time.monotonic() + HANG_SECONDS
     while sum(rendezvous.calls.values()) < rounds or any(
-        rendezvous.parties[key].state is not State.WAITING for key in identifiers
+        rendezvous.participants[key].state is not State.WAITING for key in identifiers
     ):
         assert time.monotonic() < deadline, f"{identifiers} never came to wait"
         os.sched_yield()

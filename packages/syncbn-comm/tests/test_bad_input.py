@@ -1,51 +1,24 @@
-"""Misuse is an error that says what was expected, what came, and where; nobody hangs, nothing breaks."""
+"""Misuse raises an error that says what was expected, what was given, and where; nothing hangs or breaks."""
 
 from __future__ import annotations
 
 import pytest
 
-from syncbn_comm import ReplicaGroup, SyncError, SyncMaster
-
-
-@pytest.mark.parametrize("identifier", [0, 1])
-def test_an_identifier_that_is_taken_is_refused(threads, identifier):
-    master = SyncMaster(list, name="layer1.bn1")
-    pipe = master.register_slave(1)
-    text = r"other than \[0, 1\] at 'layer1\.bn1' \(0 is the master\), got"
-    with pytest.raises(SyncError, match=text) as caught:
-        master.register_slave(identifier)
-    assert isinstance(caught.value, ValueError)
-    assert master.nr_slaves == 1
-    assert threads.run(lambda: master.run_master("m"), lambda: pipe.run_slave("s")) == ["m", "s"]
-
-
-def test_nobody_can_register_while_the_callback_runs():
-    refused = []
-
-    def callback(messages):
-        with pytest.raises(ValueError, match="expected 1 before the round, got it during the callback"):
-            master.register_slave(1)
-        refused.append(1)
-        return messages
-
-    master = SyncMaster(callback)
-    assert master.run_master("m") == "m"
-    assert refused == [1]
-    assert master.nr_slaves == 0
+from syncbn_comm import ReplicaGroup, SyncMaster
 
 
 @pytest.mark.parametrize("world_size", [0, -1, 2.0, "2", None])
 def test_a_group_has_at_least_one_replica(world_size):
-    with pytest.raises(ValueError, match="expected world_size to be a whole number of at least 1, got"):
+    with pytest.raises(ValueError, match="expected world_size to be an integer of at least 1, got"):
         ReplicaGroup(world_size)
 
 
 @pytest.mark.parametrize("rank", [-1, 2, "0", None])
 def test_a_rank_that_is_not_there_is_refused(rank):
-    with pytest.raises(ValueError, match=r"expected rank to be in 0\.\.1, got"):
+    with pytest.raises(ValueError, match=r"expected rank to be from 0 to 1, got"):
         ReplicaGroup(2).member(rank)
     if rank is not None:
-        with pytest.raises(ValueError, match=r"expected rank to be in 0\.\.1, got"):
+        with pytest.raises(ValueError, match=r"expected rank to be from 0 to 1, got"):
             ReplicaGroup(2).abort(RuntimeError(), rank=rank)
 
 

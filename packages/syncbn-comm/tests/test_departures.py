@@ -1,4 +1,4 @@
-"""Replicas that will not come are found when it happens: none of these groups has a time-out."""
+"""A replica that will not arrive is found at once: none of these groups has a timeout."""
 
 from __future__ import annotations
 

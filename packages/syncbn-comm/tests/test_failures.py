@@ -1,4 +1,4 @@
-"""One failure breaks the round for everybody at once, and everybody learns of the first."""
+"""One failure breaks the round for everybody at once, and everybody gets the first failure as the cause."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_a_replica_that_raises_before_everything_is_named_as_such(threads):
         barrier(replica)
 
     outcomes = threads.run_members(ReplicaGroup(2, timeout=None), work, work)
-    assert_stopped_by(outcomes[0], boom, "replica 1 failed before its first rendezvous: Boom: first line")
+    assert_stopped_by(
+        outcomes[0], boom, "replica 1 failed before it synchronized for the first time: Boom: first line"
+    )
 
 
 def test_an_exception_without_words_is_named_by_its_class(threads):
@@ -84,7 +86,7 @@ def test_an_exception_whose_words_fail_still_stops_everybody(threads):
         barrier(replica)
 
     outcomes = threads.run_members(ReplicaGroup(2, timeout=None), work, work)
-    text = "replica 1 failed before its first rendezvous: Mute: (its message cannot be shown)"
+    text = "replica 1 failed before it synchronized for the first time: Mute: (its message cannot be shown)"
     assert_stopped_by(outcomes[0], boom, text)
 
 
@@ -116,13 +118,7 @@ def test_a_broken_master_says_so_on_every_call_until_it_is_reset():
     pipe = master.register_slave(1)
     boom = Boom("enough")
     master.abort(boom)
-    calls = (
-        lambda: master.run_master(0),
-        lambda: pipe.run_slave(1),
-        lambda: master.register_slave(1),  # that 1 is taken is not what matters now
-        lambda: master.register_slave(2),
-    )
-    for call in calls:
+    for call in (lambda: master.run_master(0), lambda: pipe.run_slave(1)) * 2:
         assert master.broken
         with pytest.raises(BrokenSyncError, match=r"^aborted: Boom: enough$") as caught:
             call()
@@ -196,6 +192,15 @@ def test_a_result_that_was_handed_over_is_not_lost_to_a_later_failure(threads):
     assert threads.run_members(ReplicaGroup(2), work, work) == [2, 2]
 
 
+@pytest.fixture
+def interrupts():
+    """Make SIGINT raise KeyboardInterrupt, also in a job that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_in_a_wait_of_the_main_thread_breaks_the_round_and_goes_on_as_it_is(threads, waiting):
     group = ReplicaGroup(3, timeout=None)
     join = threads.start(lambda: group.member(1).barrier())

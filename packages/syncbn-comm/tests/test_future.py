@@ -31,7 +31,7 @@ def test_none_is_a_value_like_any_other():
 def test_a_second_put_is_refused_and_keeps_the_first():
     future = FutureResult()
     future.put(1)
-    with pytest.raises(SyncError, match="expected a get before the next put, got two puts") as caught:
+    with pytest.raises(SyncError, match="expected a get between two puts, got two puts") as caught:
         future.put(2)
     assert isinstance(caught.value, ValueError)
     assert future.get() == 1

@@ -1,4 +1,4 @@
-"""Pickles and copies carry the callback, the time-out and the name, and no slaves."""
+"""Pickles and copies carry the callback, the timeout and the name, and no slaves."""
 
 from __future__ import annotations
 
@@ -57,6 +57,42 @@ def test_a_master_in_a_cycle_with_its_layer_goes_along(duplicate):
     assert layer.master.run_master(None) is layer
     master = duplicate(Layer().master)
     assert master.run_master(None).master is master
+
+
+class OldMaster:
+    """Pickles as the SyncMaster of a vendored sync_batchnorm folder does: by its callback alone."""
+
+    def __init__(self, callback):
+        self.callback = callback
+
+    def __reduce__(self):
+        return SyncMaster.__new__, (SyncMaster,), {"master_callback": self.callback}
+
+
+class OldLayer(Layer):
+    def __init__(self):
+        self.master = OldMaster(self.answer)
+
+
+def test_the_state_of_a_vendored_master_can_be_read(threads, monkeypatch):
+    monkeypatch.setenv("SYNCBN_TIMEOUT", "20")
+    master = through_pickle(OldMaster(total))
+    assert type(master) is SyncMaster
+    assert (master._callback, master._timeout, master._name) == (total, 20.0, None)
+    pipe = master.register_slave(1)
+    assert threads.run(lambda: master.run_master(1), lambda: pipe.run_slave(2)) == [3, 3]
+
+
+def test_the_state_of_a_vendored_master_in_a_cycle_with_its_layer_can_be_read():
+    layer = through_pickle(OldLayer())
+    assert layer.master.run_master(None) is layer
+
+
+@pytest.mark.parametrize("state", [{}, {"master_callback": None}, {"callback": total}, (total, 1.0), None])
+def test_any_other_state_is_refused_and_shown(state):
+    with pytest.raises(SyncError, match=r"expected the pickled state of a SyncMaster, .* got") as caught:
+        SyncMaster.__new__(SyncMaster).__setstate__(state)
+    assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.parametrize("kind", [SyncError, BrokenSyncError, SyncTimeoutError, ReplicaLeftError])

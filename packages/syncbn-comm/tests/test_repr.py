@@ -19,7 +19,7 @@ def test_a_group_shows_who_is_active_who_has_left_and_what_broke():
         group.abort(ValueError("boom"), rank=1)
     assert repr(group) == (
         "<ReplicaGroup 'focal-loss', 4 replicas; left: 0, 1, 2, 3; "
-        "broken: replica 1 failed before its first rendezvous: ValueError: boom>"
+        "broken: replica 1 failed before it synchronized for the first time: ValueError: boom>"
     )
 
 

@@ -24,10 +24,10 @@ class ImpatientWake:
         return False
 
 
-def test_a_time_out_says_who_arrived_and_who_is_missing(threads, waiting):
+def test_a_timeout_says_who_arrived_and_who_is_missing(threads, waiting):
     master = SyncMaster(list, timeout=30, name="layer1.0.bn1")
     pipes = [master.register_slave(rank) for rank in (1, 2, 3)]
-    lead = master._set.parties[0]
+    lead = master._set.participants[0]
     lead.wake = ImpatientWake(lead.wake, lambda: waiting(master, 1, 3))
     outcomes = threads.run(
         lambda: master.run_master(0), lambda: pipes[0].run_slave(1), lambda: pipes[2].run_slave(3)
@@ -39,14 +39,14 @@ def test_a_time_out_says_who_arrived_and_who_is_missing(threads, waiting):
         assert outcome.__cause__ is failure
         assert str(outcome) == (
             "timed out after 30.0 s at 'layer1.0.bn1': 3 of 4 replicas arrived (missing: 2); "
-            "replica 2 has not come to any rendezvous"
+            "replica 2 has not synchronized yet"
         )
 
 
-def test_a_time_out_tells_where_the_missing_replicas_are(threads, waiting):
+def test_a_timeout_tells_where_the_missing_replicas_are(threads, waiting):
     group = ReplicaGroup(4, timeout=300)
     threads.run(*(lambda r=rank: group.member(r).barrier(where="bn0") for rank in range(4)))
-    lead = group._rendezvous.parties[0]
+    lead = group._rendezvous.participants[0]
     lead.wake = ImpatientWake(lead.wake, lambda: waiting(group, 1))
     outcomes = threads.run(
         lambda: group.member(0).barrier(where="bn1"), lambda: group.member(1).barrier(where="elsewhere")
@@ -83,16 +83,16 @@ def test_a_callback_that_takes_too_long_is_said_to(threads):
     assert type(of_zero()[0]) is SyncTimeoutError
 
 
-def test_a_time_out_that_comes_just_after_the_wake_up_changes_nothing(threads):
+def test_a_timeout_that_comes_just_after_the_wake_up_changes_nothing(threads):
     """The lock says that the time is up, but the result has been handed over meanwhile."""
     group = ReplicaGroup(2)
-    party = group._rendezvous.parties[1]
+    participant = group._rendezvous.participants[1]
 
     def handed_over():
-        assert party.wake.wake.acquire(timeout=30)
-        party.wake.wake.release()
+        assert participant.wake.wake.acquire(timeout=30)
+        participant.wake.wake.release()
 
-    party.wake = ImpatientWake(party.wake, handed_over)
+    participant.wake = ImpatientWake(participant.wake, handed_over)
     assert threads.run(*(lambda r=rank: group.member(r).all_reduce(1) for rank in range(2))) == [2, 2]
     assert not group.broken
 

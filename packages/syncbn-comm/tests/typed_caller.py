@@ -36,9 +36,10 @@ def halves(messages: list[tuple[int, int]]) -> list[tuple[int, float]]:
 
 
 def use_a_master() -> None:
-    master = SyncMaster(halves, timeout=2, name="typed")
+    master = SyncMaster(master_callback=halves, timeout=2, name="typed")
     pipe: SlavePipe = master.register_slave(1)
     assert_type(master.nr_slaves, int)
+    SyncMaster(halves).run_master(master_msg=1)
     master.abort(ValueError("enough"))
     try:
         pipe.run_slave(1)

@@ -1,4 +1,4 @@
-"""What several files of tests use."""
+"""Shared by several test files."""
 
 from collections.abc import Callable
 from typing import Any

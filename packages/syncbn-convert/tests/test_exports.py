@@ -1,4 +1,4 @@
-"""What the package is, seen from outside."""
+"""The public names of the package, and what importing it does."""
 
 import subprocess
 import sys
@@ -11,6 +11,9 @@ import syncbn_convert
 
 def test_the_exports_are_those_of_the_design():
     assert syncbn_convert.__all__ == [
+        "Report",
+        "ReportRow",
+        "SkipRule",
         "convert_model",
         "inspect_model",
         "patch_sync_batchnorm",
@@ -19,6 +22,16 @@ def test_the_exports_are_those_of_the_design():
     ]
     public = {name for name in vars(syncbn_convert) if not name.startswith("_")}
     assert public == set(syncbn_convert.__all__)
+
+
+def test_a_class_names_the_package_as_its_module():
+    for name in ("Report", "ReportRow"):
+        assert getattr(syncbn_convert, name).__module__ == "syncbn_convert"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'syncbn_convert' has no attribute 'convert'"):
+        syncbn_convert.convert  # noqa: B018
 
 
 def test_the_version_is_that_of_the_installed_distribution():

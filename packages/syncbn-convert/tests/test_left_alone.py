@@ -1,4 +1,4 @@
-"""What is not guessed at: left as it is, with one warning that names it."""
+"""Layers without a conversion stay as they are, and one warning names them."""
 
 import warnings
 
@@ -79,8 +79,8 @@ def quantization_aware() -> nn.Module:
         (lambda: FrozenBatchNorm(), "odd", "FrozenBatchNorm keeps running statistics"),
         (lazy, "odd", "LazyBatchNorm2d has no features yet"),
         (parametrized, "odd", "parametrized"),
-        (with_forward_of_its_own, "odd", "a forward of its own"),
-        (lambda: with_attribute("fused", False), "odd", "an attribute 'fused' of its own"),
+        (with_forward_of_its_own, "odd", "a forward that is set on the object"),
+        (lambda: with_attribute("fused", False), "odd", "an attribute 'fused', which"),
         (lambda: with_attribute("qconfig", object()), "odd", "qconfig"),
         (scripted, "odd.0", "part of a TorchScript module"),
         (scripted_by_itself, "odd", "BatchNorm2d in TorchScript"),

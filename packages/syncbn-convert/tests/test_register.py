@@ -160,7 +160,7 @@ def test_reverting_what_a_factory_copied_is_an_error_instead_of_a_loss(snapshot)
         model = convert_model(nn.Sequential(BatchNormReLU(3)))
     before = snapshot(model)
 
-    with pytest.raises(ValueError, match=r"'0' .*BatchNormReLU.* hand on weight, bias, running_mean"):
+    with pytest.raises(ValueError, match=r"'0' .*BatchNormReLU.* reuse weight, bias, running_mean"):
         revert_model(model)
 
     assert snapshot(model) == before

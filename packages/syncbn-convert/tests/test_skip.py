@@ -56,7 +56,7 @@ def test_no_warning_is_given_about_an_odd_layer_that_is_skipped():
 def test_a_pattern_that_matches_nothing_is_an_error(model, snapshot):
     before = snapshot(model)
 
-    with pytest.raises(ValueError, match=r"'decodr\.\*', which matches none"):
+    with pytest.raises(ValueError, match=r"'decodr\.\*', which matches no module"):
         convert_model(model, skip=["encoder", "decodr.*"])
 
     assert snapshot(model) == before

@@ -1,8 +1,15 @@
 """A user's program, for the type checker: every public name, with the types that users give and get."""
 
+from __future__ import annotations
+
+from typing import assert_type
+
 from torch import nn
 
 from syncbn_convert import (
+    Report,
+    ReportRow,
+    SkipRule,
     convert_model,
     inspect_model,
     patch_sync_batchnorm,
@@ -20,15 +27,23 @@ def replace(layer: nn.BatchNorm2d) -> nn.Module:
     return nn.Identity()
 
 
-model: nn.Module = nn.Sequential(nn.BatchNorm1d(3))
-converted: nn.Module = convert_model(
+def first_row(report: Report) -> ReportRow:
+    return report.rows[0]
+
+
+model = nn.Sequential(nn.BatchNorm1d(3))
+converted = convert_model(
     model, process_group=THIS_PROCESS, eps_mode="clamp", fused=False, skip=["0", is_head], inplace=False
 )
 convert_model(model, skip="0")
 convert_model(model, skip=is_head)
-reverted: nn.Module = revert_model(converted)
+assert_type(converted, nn.Sequential)  # the type of the model survives
+assert_type(revert_model(converted), nn.Sequential)
+assert_type(convert_model(module=nn.BatchNorm2d(3)), nn.BatchNorm2d)
+rules: list[SkipRule] = ["0", is_head]
+convert_model(model, skip=rules)
 
-report = inspect_model(model, process_group=None, skip=("0",))
+report: Report = inspect_model(model, process_group=None, skip=("0",))
 names: list[str] = [row.name for row in (*report.converted, *report.skipped, *report.wrappers)]
 features: list[int | None] = [row.num_features for row in report.rows]
 

@@ -1,4 +1,4 @@
-"""A threaded master/slave rendezvous, and collectives on it, in which nobody waits for ever."""
+"""Collectives and a master/slave rendezvous for threads: a failure is an error for all, never a deadlock."""
 
 from syncbn_comm._errors import BrokenSyncError, ReplicaLeftError, SyncError, SyncTimeoutError
 from syncbn_comm._future import FutureResult

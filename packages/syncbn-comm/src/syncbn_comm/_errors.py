@@ -1,4 +1,4 @@
-"""The errors of this package: one small family, each member also a standard type."""
+"""The errors of this package: one family, of which each member is also a standard type."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class SyncError(RuntimeError):
-    """Something is wrong with a rendezvous; the base of every error that this package raises.
+    """The base class of every error that this package raises.
 
     Example:
         >>> issubclass(SyncTimeoutError, SyncError) and issubclass(SyncTimeoutError, TimeoutError)
@@ -15,16 +15,16 @@ class SyncError(RuntimeError):
 
 
 class BrokenSyncError(SyncError, threading.BrokenBarrierError):
-    """The round can no longer take place; ``__cause__`` is the first failure, whoever raised it."""
+    """The round can no longer take place; ``__cause__`` is the first failure, in whatever thread it was."""
 
 
 class SyncTimeoutError(BrokenSyncError, TimeoutError):
-    """Somebody waited for the whole time-out, and the others did not come."""
+    """A replica waited for the whole timeout, and others did not arrive."""
 
 
 class ReplicaLeftError(BrokenSyncError):
-    """A replica that others wait for has finished, so it will never come."""
+    """A replica has finished while others wait for it, so it will never arrive."""
 
 
 class MisuseError(SyncError, ValueError):
-    """A call that could not work whatever the other replicas do; nothing is broken by it."""
+    """A call that cannot work, whatever the other replicas do; it breaks nothing."""

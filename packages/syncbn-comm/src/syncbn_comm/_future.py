@@ -1,10 +1,10 @@
-"""A result that one thread leaves and another fetches."""
+"""A value that one thread puts and another thread gets."""
 
 from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from syncbn_comm import _party
+from syncbn_comm import _locks
 from syncbn_comm._errors import MisuseError, SyncTimeoutError
 from syncbn_comm._timeout import Timeout, resolve_timeout
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 class FutureResult(Generic[T]):
-    """A slot for one value, filled by one thread and emptied by another, again and again.
+    """A reusable slot for one value, which one thread fills and another empties.
 
     **Guarantees**
 
-    - Both methods may be called from any thread. Of several threads that wait in `get`, one gets the value.
-    - A value that has been fetched is not kept. A `get` that timed out changes nothing.
+    - Both methods may be called from any thread. Of several waiting threads, one gets the value.
+    - The slot does not keep a value that has been fetched. A `get` that times out changes nothing.
 
     Example:
         >>> future = FutureResult()
@@ -28,19 +28,19 @@ class FutureResult(Generic[T]):
 
     def __init__(self) -> None:
         self._values: list[T] = []  # at most one
-        self._mutex = _party.new_lock()
-        self._filled = _party.new_lock()  # a binary semaphore: held while there is no value
+        self._mutex = _locks.new_lock()
+        self._filled = _locks.new_lock()  # a binary semaphore, held while there is no value
         self._filled.acquire()
 
     def put(self, result: T) -> None:
         """Fill the slot.
 
         Raises:
-            SyncError: the last value has not been fetched (also a ValueError).
+            SyncError: nobody has fetched the last value yet (also a ValueError).
         """
         with self._mutex:
             if self._values:
-                raise MisuseError("expected a get before the next put, got two puts in a row")
+                raise MisuseError("expected a get between two puts, got two puts in a row")
             self._values.append(result)
         self._filled.release()
 
@@ -48,8 +48,8 @@ class FutureResult(Generic[T]):
         """Wait for a value, and empty the slot.
 
         Args:
-            timeout: seconds; None waits for ever; left out, the environment variable ``SYNCBN_TIMEOUT``
-                (seconds, or ``none``), else 300.
+            timeout: seconds; None waits forever. The default is the environment variable ``SYNCBN_TIMEOUT``
+                (seconds, or ``none``), or 300 if it is not set.
 
         Raises:
             SyncTimeoutError: nobody filled the slot in time.

@@ -1,4 +1,4 @@
-"""How long to wait: an argument, else the environment, else five minutes."""
+"""How long to wait: the argument, or the environment variable, or five minutes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from syncbn_comm._errors import MisuseError
 
-# ``...`` stands for the default, because None already means "for ever".
+# ``...`` is the default, because None means "forever".
 Timeout: TypeAlias = float | EllipsisType | None
 
 ENVIRONMENT_VARIABLE = "SYNCBN_TIMEOUT"
@@ -20,14 +20,14 @@ def resolve_timeout(timeout: Timeout = ...) -> float | None:
     """Turn a ``timeout`` argument into seconds, or None for an unlimited wait.
 
     Args:
-        timeout: seconds; None waits for ever; ``...`` reads the environment variable ``SYNCBN_TIMEOUT``
-            (seconds, or ``none``) and takes 300 seconds where it is not set.
+        timeout: seconds; None waits forever; ``...`` reads the environment variable ``SYNCBN_TIMEOUT``
+            (seconds, or ``none``), and is 300 seconds if it is not set.
 
     Returns:
         Seconds, or None.
 
     Raises:
-        MisuseError: it is not a positive number of seconds that a lock can wait for.
+        MisuseError: it is not a positive number of seconds, or more than a lock can wait for.
 
     Example:
         >>> resolve_timeout(2), resolve_timeout(None)
@@ -53,6 +53,6 @@ def _seconds(value: float | str, name: str) -> float:
         none = "None" if name == "timeout" else "none"
         raise MisuseError(
             f"expected {name} to be a positive number of seconds (at most {threading.TIMEOUT_MAX:.0f}) "
-            f"or {none} to wait for ever, got {value!r}"
+            f"or {none} to wait forever, got {value!r}"
         )
     return seconds

@@ -1,8 +1,8 @@
-"""Threads of which one runs at a time, and locks at which a seeded choice decides who goes on.
+"""Threads that run one at a time, and locks at which a seeded choice decides which thread runs next.
 
-The threads are real, as is all code under test; only its locks are replaced. At every lock operation the
-running thread picks the next one among those that can go on, and hands it a baton. If none can, the schedule
-hangs: that is found at once, not by waiting.
+The threads are real, and so is all code under test; only its locks are replaced. At every lock operation the
+running thread picks the next thread among those that can run, and passes it a baton. If none can run, the
+schedule has a deadlock, which is found at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from syncbn_comm import _party, _rendezvous
+from syncbn_comm import _locks, _rendezvous
 
 TraceFunction: TypeAlias = Callable[[FrameType, str, Any], Any]
 
-# Stops only a broken scheduler: a schedule that hangs is found without the clock.
+# Stops only a broken scheduler: a deadlock of a schedule is found without a clock.
 STUCK_SECONDS = 60.0
 
 
@@ -34,7 +34,7 @@ def lasting_scheduler() -> Iterator[Scheduler]:
 @pytest.fixture
 def scheduler(lasting_scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> Scheduler:
     """A scheduler that controls every lock that syncbn_comm makes during the test."""
-    monkeypatch.setattr(_party, "new_lock", lasting_scheduler.new_lock)
+    monkeypatch.setattr(_locks, "new_lock", lasting_scheduler.new_lock)
     return lasting_scheduler
 
 

@@ -1,4 +1,4 @@
-"""Random failures under random schedules: nothing hangs, rounds never mix, the first cause is never lost."""
+"""Random failures under random schedules: no deadlock, rounds never mix, the first cause is never lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from syncbn_comm import BrokenSyncError, ReplicaGroup, ReplicaLeftError, SyncMaster, SyncTimeoutError
+from syncbn_comm import (
+    BrokenSyncError,
+    ReplicaGroup,
+    ReplicaLeftError,
+    SyncError,
+    SyncMaster,
+    SyncTimeoutError,
+)
 
 SCHEDULES = 24_000
 LINE_SCHEDULES = 6_000
@@ -22,7 +29,7 @@ class Injected(Exception):
 
 @dataclass
 class Plan:
-    """What happens to whom before which of its rounds; everything follows from the seed."""
+    """Which event happens to which replica before which round; all of it follows from the seed."""
 
     seed: int
     replicas: int = 0
@@ -50,7 +57,7 @@ class Plan:
 
 @dataclass
 class Run:
-    """One group under one schedule, and what became of each replica."""
+    """One group under one schedule, and the outcome of each replica."""
 
     plan: Plan
     group: ReplicaGroup
@@ -169,7 +176,7 @@ def test_one_seed_is_one_schedule(scheduler):
 
 
 def run_master_and_slaves(scheduler, seed, breaks):
-    """Let one of 2 to 4 parties call ``breaks(master)`` after the first of three rounds."""
+    """Let one of 2 to 4 participants call ``breaks(master)`` after the first of three rounds."""
     rng = random.Random(seed)
     master = SyncMaster(lambda messages: [(identifier, messages) for identifier, _ in messages])
     pipes = [master.register_slave(rank) for rank in range(1, rng.randint(2, 4))]
@@ -208,3 +215,48 @@ def test_no_schedule_of_a_master_that_is_reset_hangs_or_serves_a_forgotten_slave
         # Its second call may have begun before the reset; its third finds an empty set.
         assert of_master[1] == [(0, 0)] or isinstance(of_master[1], BrokenSyncError)
         assert of_master[2] == [(0, 0)]
+
+
+def test_no_schedule_of_a_registration_during_the_rounds_hangs_or_mixes_sets(scheduler):
+    """One more thread registers slave 1 again, at any moment: it is refused, or begins a set of its own."""
+    replaced, refused, ended = 0, 0, Injected()
+    for seed in range(3_000):
+        rng = random.Random(seed)
+        master = SyncMaster(lambda messages: [(identifier, messages) for identifier, _ in messages])
+        pipes = [master.register_slave(rank) for rank in range(1, rng.randint(2, 3))]
+        calls = [master.run_master, *(pipe.run_slave for pipe in pipes)]
+        outcomes: list[list[Any]] = [[] for _ in calls]
+
+        def participant(rank, calls=calls, outcomes=outcomes):
+            for turn in range(3):
+                try:
+                    outcomes[rank].append(calls[rank]((turn, rank)))
+                except BrokenSyncError as error:
+                    outcomes[rank].append(error)
+
+        registrations: list[bool] = []
+
+        def register(master=master, registrations=registrations):
+            try:
+                pipe = master.register_slave(1)
+            except SyncError:
+                registrations.append(False)
+                return
+            registrations.append(True)
+            assert pipe._rendezvous is master._set
+            master.abort(ended)  # nobody will use the pipe, so the master must not wait for it
+
+        jobs = [lambda rank=rank: participant(rank) for rank in range(len(calls))]
+        scheduler.run(seed, [*jobs, register], every_line=bool(seed % 2))
+        complete = [(rank, (turn, rank)) for turn in range(3) for rank in range(len(calls))]
+        for results in outcomes:
+            for turn, result in enumerate(results):
+                if not isinstance(result, BrokenSyncError):
+                    assert result == complete[turn * len(calls) : (turn + 1) * len(calls)], "sets were mixed"
+        assert len({sum(isinstance(r, list) for r in results) for results in outcomes}) == 1
+        if registrations == [False]:
+            assert all(isinstance(result, list) for results in outcomes for result in results)
+        replaced += registrations == [True]
+        refused += registrations == [False]
+    assert replaced > 100
+    assert refused > 100

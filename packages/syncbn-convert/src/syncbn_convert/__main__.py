@@ -1,4 +1,4 @@
-"""``python -m syncbn_convert package.module:factory``: look at a model without writing code."""
+"""``python -m syncbn_convert package.module:factory``: inspect a model from a shell."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from ._inspect import inspect_model
+from syncbn_convert._inspect import inspect_model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what convert_model would make of the named model."""
+    """Print what convert_model would do with the named model."""
     parser = argparse.ArgumentParser(
         prog="python -m syncbn_convert",
-        description="Say, layer by layer, what convert_model would make of a model.",
+        description="Report, layer by layer, what convert_model would do with a model.",
     )
     parser.add_argument(
         "model", metavar="package.module:factory", help="a callable that returns the model, or the model"
     )
     parser.add_argument(
-        "--skip", action="append", default=[], metavar="PATTERN", help="names to leave alone; may be repeated"
+        "--skip", action="append", default=[], metavar="PATTERN", help="names to skip; may be repeated"
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,60 +1,72 @@
-"""convert_model and revert_model: plan everything, then change the model all or nothing."""
+"""convert_model and revert_model: plan all changes, then make all of them or none."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ._edits import Edit, carry_out, substitutions
-from ._layers import EpsMode, convert_wrapper, layer_options, settle, swap_layer
-from ._notes import NOTE, BuildNote, SwapNote, build_back, lost_tensors, note_build, swap_back
-from ._registry import Build, Swap, Wrap
-from ._survey import Finding, SkipRule, Verdict, called, survey, warn_left_alone
+from syncbn_convert._all_or_nothing import Edit, carry_out, substitutions
+from syncbn_convert._change_layer import EpsMode, convert_wrapper, layer_options, settle, swap_layer
+from syncbn_convert._find_layers import Finding, SkipRule, Verdict, called, survey, warn_left_alone
+from syncbn_convert._forward_check import SYNCHRONIZED, why_unsynchronized
+from syncbn_convert._registry import Build, Swap, Wrap
+from syncbn_convert._revert_notes import (
+    NOTE,
+    BuildNote,
+    SwapNote,
+    build_back,
+    lost_tensors,
+    note_build,
+    swap_back,
+)
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def convert_model(
-    model: nn.Module,
+    module: Module,
     *,
     process_group: Any = None,
     eps_mode: EpsMode | None = None,
     fused: bool = True,
     skip: SkipRule | Iterable[SkipRule] = (),
     inplace: bool = True,
-) -> nn.Module:
-    """Synchronize the batch norm layers of a model, and change nothing else about it.
+) -> Module:
+    """Make the batch norm layers of a model synchronized ones, and change nothing else.
 
-    Layers of exactly the class ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm``, at every depth,
-    become synchronized ones; an ``nn.DataParallel`` becomes a ``DataParallelWithCallback`` on the same
-    devices, and an instance of a subclass of it gets replication callbacks. The objects stay, only their
-    class changes: so parameters, buffers, hooks, training and requires_grad flags, user attributes, shared
-    modules, state-dict keys and an optimizer built before all hold. Other kinds of batch norm are left alone,
-    with one warning that lists them.
+    Layers of exactly the classes ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm``, and timm's
+    ``BatchNormAct2d`` and ``SyncBatchNormAct``, at every depth, become synchronized layers. An
+    ``nn.DataParallel`` becomes a ``DataParallelWithCallback`` on the same devices; an instance of a subclass
+    of ``nn.DataParallel`` gets replication callbacks.
 
-    Layers that synchronize already stay as they are, with the options that they have.
+    The objects stay, and only their class changes. So parameters, buffers, hooks, training and requires_grad
+    flags, attributes, shared modules and state-dict keys stay, and an optimizer that was built before still
+    works. Other kinds of batch norm stay as they are; one warning lists them. Layers that are synchronized
+    already keep their options.
 
     Args:
-        model: any module; a batch norm layer by itself too.
-        process_group: for the layers that convert: as in ``SynchronizedBatchNorm2d``. None leaves an
-            ``nn.SyncBatchNorm`` the group that it has.
-        eps_mode: for the layers that convert: as in ``SynchronizedBatchNorm2d``.
-        fused: for the layers that convert: as in ``SynchronizedBatchNorm2d``.
-        skip: which modules to leave alone, with all that they contain: names or shell-style patterns for
-            names (``"decoder"``, ``"*.bn2"``) and predicates ``(name, module) -> bool``.
-        inplace: False converts a copy (which holds the same process groups) and leaves the model as it is.
+        module: the model; any module, also a single batch norm layer.
+        process_group: for the converted layers, as in ``SynchronizedBatchNorm2d``. With None, an
+            ``nn.SyncBatchNorm`` keeps its group.
+        eps_mode: for the converted layers, as in ``SynchronizedBatchNorm2d``.
+        fused: for the converted layers, as in ``SynchronizedBatchNorm2d``.
+        skip: the modules to leave as they are, with all that they contain: names, shell-style patterns for
+            names (``"decoder"``, ``"*.bn2"``), or predicates ``(name, module) -> bool``.
+        inplace: False converts a copy, with the same process groups, and leaves the model as it is.
 
     Returns:
-        The converted model: ``model`` itself, unless ``inplace`` is False or a registered factory replaced
-        it.
+        The converted model: ``module`` itself, unless ``inplace`` is False. If a registered factory replaces
+        the model itself, that replacement, whatever its type is.
 
     Raises:
         ValueError: a layer to convert is inside a ``DistributedDataParallel``; a pattern in ``skip`` matches
-            nothing; ``eps_mode`` is unknown. The model is as it was, as after any error.
-        TypeError: the model is no module; ``skip`` holds something else; a registered factory returned
-            something else than a module.
+            no module; ``eps_mode`` is unknown. After any error the model is as it was before.
+        TypeError: ``module`` is not a module; ``skip`` contains something else; a registered factory did not
+            return a module, or returned one that does not synchronize although it derives from our layers.
 
     Example:
         >>> import torch
@@ -64,86 +76,92 @@ def convert_model(
         >>> type(revert_model(model)[1]).__name__
         'BatchNorm2d'
     """
-    _check_module("convert_model", model)
+    _check_module("convert_model", module)
     options = layer_options(process_group, eps_mode, fused)
-    if not inplace:
-        model = _copy(model)
+    model: nn.Module = module if inplace else _copy(module)
     findings = survey(model, skip)
     _refuse_wrapped(findings)
     edits: list[Edit] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for finding in findings:
-        module = finding.module
+        found = finding.module
         match finding.conversion:
             case Swap(target):
-                edits.append((module, partial(swap_layer, module, target, options, finding.name)))
+                edits.append((found, partial(swap_layer, found, target, options, finding.name)))
             case Wrap(wrapper):
                 edits.append((wrapper, partial(convert_wrapper, wrapper)))
             case Build(factory):
-                replacement = _checked(factory(module), finding)
-                if replacement is not module:
-                    replacements[module] = replacement
+                replacement = _checked(factory(found), finding)
+                if replacement is not found:
+                    replacements[found] = replacement
                     edits += _settling(finding, replacement, options)
-    # Before the first change: where warnings are errors, this one too must leave the model as it is.
+    # Before the first change: if warnings are errors, this one too has to leave the model as it is.
     warn_left_alone(findings)
     carry_out(edits + substitutions(model, replacements))
-    return replacements.get(model, model)
+    return cast(Module, replacements.get(model, model))
 
 
-def revert_model(model: nn.Module) -> nn.Module:
-    """Take back what ``convert_model`` (or ``patch_sync_batchnorm``) did, exactly, and nothing else.
+def revert_model(module: Module) -> Module:
+    """Revert what ``convert_model`` or ``patch_sync_batchnorm`` did, exactly, and nothing else.
 
-    The weights and statistics of today stay. Synchronized layers that were built as such stay too.
+    Weights and statistics keep their present values. Layers that were built as synchronized layers stay.
 
     Args:
-        model: a model with converted layers; changed in place.
+        module: a model with converted layers; it is changed in place.
 
     Returns:
-        The model with every converted module back at the class it was converted from: ``model`` itself,
-        unless a registered factory had replaced it.
+        The model, in which every converted module has its former class again: ``module`` itself, unless a
+        registered factory had replaced it.
 
     Raises:
-        TypeError: the model is no module.
-        ValueError: a converted module has another class by now than the conversion gave it; or a factory's
-            replacement does not hold all parameters and buffers of the original. The model is as it was.
+        TypeError: ``module`` is not a module.
+        ValueError: the class of a converted module has been changed since; or the replacement that a factory
+            made does not hold all parameters and buffers of the original. The model is as it was before.
     """
-    _check_module("revert_model", model)
+    _check_module("revert_model", module)
+    model: nn.Module = module
     edits: list[Edit] = []
     originals = {}
-    for name, module in model.named_modules():
-        note = vars(module).get(NOTE)
+    for name, found in model.named_modules():
+        note = vars(found).get(NOTE)
         if isinstance(note, SwapNote):
-            if type(module) is not note.target:
+            if type(found) is not note.target:
                 raise ValueError(
                     f"revert_model: expected {called(name)} to be a {note.target.__name__}, as converted, "
-                    f"got {type(module).__name__}; take back first what changed its class since"
+                    f"got {type(found).__name__}; first revert what changed its class since"
                 )
-            edits.append((module, partial(swap_back, module, note)))
+            edits.append((found, partial(swap_back, found, note)))
         elif isinstance(note, BuildNote):
-            if lost := lost_tensors(module, note):
+            if lost := lost_tensors(found, note):
                 raise ValueError(
                     f"revert_model: expected {called(name)} to hold all parameters and buffers of the "
-                    f"{type(note.original).__name__} that it replaced, but its factory did not hand on "
-                    f"{', '.join(lost)}; have the factory share them"
+                    f"{type(note.original).__name__} that it replaced, but its factory did not reuse "
+                    f"{', '.join(lost)}; let the factory give the same tensors to the replacement"
                 )
-            originals[module] = note.original
-            edits.append((note.original, partial(build_back, module, note)))
+            originals[found] = note.original
+            edits.append((note.original, partial(build_back, found, note)))
     carry_out(edits + substitutions(model, originals))
-    return originals.get(model, model)
+    return cast(Module, originals.get(model, model))
 
 
 def _checked(replacement: object, finding: Finding) -> nn.Module:
-    """What a registered factory returned, if it is a module."""
+    """Return what a registered factory returned, if it is a module and synchronizes as its class says."""
     if not isinstance(replacement, nn.Module):
         raise TypeError(
             f"convert_model: expected the factory registered for {type(finding.module).__name__} to return a "
             f"module for {called(finding.name)}, got {replacement!r}"
         )
+    for part in replacement.modules():
+        if isinstance(part, SYNCHRONIZED) and (reason := why_unsynchronized(type(part))):
+            raise TypeError(
+                f"convert_model: expected the replacement for {called(finding.name)} to synchronize, got a "
+                f"{type(part).__name__}, which {reason}"
+            )
     return replacement
 
 
 def _settling(finding: Finding, replacement: nn.Module, options: dict[str, Any]) -> list[Edit]:
-    """The edits that make a factory's module part of this model and of its conversion."""
+    """Return the edits that make a factory's replacement part of this model and its conversion."""
     original = finding.module
     kept = set(original.modules())
     edits: list[Edit] = [(replacement, partial(note_build, original, replacement))]
@@ -154,7 +172,7 @@ def _settling(finding: Finding, replacement: nn.Module, options: dict[str, Any])
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy that shares the process groups, which cannot be copied."""
+    """Return a deep copy that shares the process groups, which cannot be copied."""
     groups = [vars(module).get("process_group") for module in model.modules()]
     return copy.deepcopy(model, {id(group): group for group in groups})
 
@@ -163,8 +181,8 @@ def _refuse_wrapped(findings: list[Finding]) -> None:
     wrapped = [finding for finding in findings if finding.verdict is Verdict.WRAPPED]
     if wrapped:
         raise ValueError(
-            f"convert_model: expected a model that is not wrapped yet, got {len(wrapped)} layers to convert "
-            f"{wrapped[0].reason} (the first is {called(wrapped[0].name)}); convert first, then wrap: "
+            f"convert_model: expected a model that is not wrapped yet, got {len(wrapped)} layer(s) to "
+            f"convert {wrapped[0].reason} (the first is {called(wrapped[0].name)}); convert first, then wrap: "
             "DistributedDataParallel(convert_model(model))"
         )
 

@@ -1,4 +1,4 @@
-"""What convert_model makes of a model, as a table and as data."""
+"""Report what convert_model would do with a model, as a table and as data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from syncbn_convert._find_layers import Finding, SkipRule, Verdict, survey
+from syncbn_convert._forward_check import SYNCHRONIZED
+from syncbn_convert._registry import Swap
 from syncbn_core import THIS_PROCESS
-
-from ._survey import Finding, SkipRule, Verdict, survey
 
 _HEADINGS = ("name", "class", "features", "convert_model", "synchronizes over")
 
@@ -20,18 +21,20 @@ class _Kind(enum.Enum):
     CONVERTED = enum.auto()
     SKIPPED = enum.auto()
     WRAPPER = enum.auto()
+    OTHER = enum.auto()  # its class becomes a registered one that is no synchronized layer
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One module in a ``Report``.
 
     Attributes:
         name: the qualified name in the model; '' for the model itself.
-        class_name: of the class that it has now.
-        num_features: C; None where the module does not say.
-        outcome: what convert_model makes of it, or why it does nothing.
-        synchronizes_over: whose batches make the statistics, once converted; '' for what does not convert.
+        class_name: the name of its present class.
+        num_features: C; None if the module has no such attribute.
+        outcome: what convert_model makes of it, or why it leaves it as it is.
+        synchronizes_over: the replicas and processes whose batches make the statistics after the conversion;
+            '' for a module that does not synchronize.
     """
 
     name: str
@@ -44,26 +47,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``inspect_model`` found, in the model's order; prints as a table."""
+    """What ``inspect_model`` has found, in the order of the model; it prints as a table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ReportRow, ...]
 
     @property
-    def converted(self) -> tuple[Row, ...]:
-        """The layers that synchronize, or will once convert_model has run."""
+    def converted(self) -> tuple[ReportRow, ...]:
+        """The layers that synchronize now, or will after convert_model."""
         return self._of(_Kind.CONVERTED)
 
     @property
-    def skipped(self) -> tuple[Row, ...]:
+    def skipped(self) -> tuple[ReportRow, ...]:
         """The other batch norm layers."""
         return self._of(_Kind.SKIPPED)
 
     @property
-    def wrappers(self) -> tuple[Row, ...]:
+    def wrappers(self) -> tuple[ReportRow, ...]:
         """Each nn.DataParallel that convert_model gives replication callbacks."""
         return self._of(_Kind.WRAPPER)
 
-    def _of(self, kind: _Kind) -> tuple[Row, ...]:
+    def _of(self, kind: _Kind) -> tuple[ReportRow, ...]:
         return tuple(row for row in self.rows if row._kind is kind)
 
     def __str__(self) -> str:
@@ -78,23 +81,23 @@ class Report:
 
 
 def inspect_model(
-    model: nn.Module, *, process_group: Any = None, skip: SkipRule | Iterable[SkipRule] = ()
+    module: nn.Module, *, process_group: Any = None, skip: SkipRule | Iterable[SkipRule] = ()
 ) -> Report:
-    """Say, layer by layer, what ``convert_model`` would do with the same arguments, and why; change nothing.
+    """Report, layer by layer, what ``convert_model`` would do with the same arguments, and why.
 
-    From a shell: ``python -m syncbn_convert package.module:factory``.
+    It changes nothing. In a shell: ``python -m syncbn_convert package.module:factory``.
 
     Args:
-        model: any module, before or after its conversion.
-        process_group: as for ``convert_model``.
-        skip: as for ``convert_model``.
+        module: any model, before or after its conversion.
+        process_group: as in ``convert_model``.
+        skip: as in ``convert_model``.
 
     Returns:
-        The report: print it, or ask for its ``converted`` and ``skipped`` layers.
+        The report. Print it, or read its ``converted``, ``skipped`` and ``wrappers``.
 
     Raises:
-        ValueError: a pattern in ``skip`` matches nothing.
-        TypeError: the model is no module; ``skip`` holds something else than patterns and predicates.
+        ValueError: a pattern in ``skip`` matches no module.
+        TypeError: ``module`` is not a module; ``skip`` contains something else than patterns and predicates.
 
     Example:
         >>> import torch
@@ -110,21 +113,23 @@ def inspect_model(
         <BLANKLINE>
         1 synchronize, 0 do not
     """
-    return Report(tuple(_row(finding, process_group) for finding in survey(model, skip)))
+    return Report(tuple(_row(finding, process_group) for finding in survey(module, skip)))
 
 
-def _row(finding: Finding, process_group: Any) -> Row:
+def _row(finding: Finding, process_group: Any) -> ReportRow:
     module = finding.module
     kind, outcome, over = _Kind.SKIPPED, finding.reason, ""
     if isinstance(module, nn.DataParallel):
         kind = _Kind.WRAPPER
         outcome = outcome or str(finding.conversion)
+    elif isinstance(finding.conversion, Swap) and not issubclass(finding.conversion.target, SYNCHRONIZED):
+        kind, outcome = _Kind.OTHER, str(finding.conversion)
     elif finding.verdict is Verdict.CONVERTS:
         group = vars(module).get("process_group") if process_group is None else process_group
         kind, outcome, over = _Kind.CONVERTED, str(finding.conversion), _scope(group)
     elif finding.verdict is Verdict.SYNCHRONIZES:
         kind, outcome, over = _Kind.CONVERTED, "synchronized already", _scope(module.process_group)
-    return Row(
+    return ReportRow(
         name=finding.name,
         class_name=type(module).__name__,
         num_features=vars(module).get("num_features"),
@@ -135,7 +140,7 @@ def _row(finding: Finding, process_group: Any) -> Row:
 
 
 def _scope(process_group: Any) -> str:
-    """Whose batches a layer with this process group normalises together."""
+    """Return over which replicas and processes a layer with this process group synchronizes."""
     if process_group is None:
         return "replicas, default group"
     if process_group is THIS_PROCESS:

@@ -1,4 +1,4 @@
-"""Synchronized layers in a model that somebody else's code builds."""
+"""Make the batch norm layers synchronized that other code builds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._layers import EpsMode, layer_options, swap_layer
-from ._registry import SYNCHRONIZED, Swap, conversion_of
+from syncbn_convert._change_layer import EpsMode, layer_options, swap_layer
+from syncbn_convert._forward_check import SYNCHRONIZED
+from syncbn_convert._registry import Swap, conversion_of
 
-# The constructors that every batch norm layer of torch, and every subclass, goes through.
+# Every batch norm layer of torch, and of every subclass, is built by one of these constructors.
 _CONSTRUCTORS: tuple[type[nn.Module], ...] = (_BatchNorm, nn.SyncBatchNorm)
 
 
 class _Block:
-    """One ``with patch_sync_batchnorm()``: what its layers get, and the classes that it could not help."""
+    """One ``with patch_sync_batchnorm()``: the options, and the classes that have no conversion."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -35,37 +36,38 @@ class _Block:
             self.left.add(f"{type(layer).__module__}.{type(layer).__qualname__}")
 
 
-# A context variable, not a global: other threads and tasks build what they always build.
+# A context variable, not a global: other threads and tasks build what they would build without it.
 _block: ContextVar[_Block | None] = ContextVar("syncbn_convert.block", default=None)
 _lock = threading.Lock()
-_users = 0  # of the patched constructors, over all threads
+_users = 0  # how many blocks, in all threads, use the patched constructors
 
 
 @contextmanager
 def patch_sync_batchnorm(
     *, process_group: Any = None, eps_mode: EpsMode | None = None, fused: bool = True
 ) -> Iterator[None]:
-    """Whatever batch norm layer is built inside, by whomever, is a synchronized one.
+    """Make every batch norm layer that is built inside the block a synchronized one.
 
-    For models that are built and used in one go, deep in code that cannot be changed. Otherwise prefer
-    ``convert_model``, which also knows the layers' names. It is the constructors of torch's classes that are
-    patched, not their names, so libraries that did ``from torch.nn import BatchNorm2d`` long ago are served
-    too. As in ``convert_model``, it is layers of exactly torch's classes (and of those with a registered
-    class to become) that change; a warning at the end lists the other classes of batch norm layers that
-    were built. ``revert_model`` turns the layers back.
+    This is for models that are built and used in one go, in code that you cannot change. Otherwise prefer
+    ``convert_model``, which also knows the names of the layers.
+
+    The constructors of torch's classes are patched, not the names of the classes. So it also works for
+    libraries that ran ``from torch.nn import BatchNorm2d`` before. The same classes convert as in
+    ``convert_model``. A warning at the end lists the other classes of batch norm layers that were built.
+    ``revert_model`` reverts the layers.
 
     Args:
-        process_group: for the layers built inside: as in ``SynchronizedBatchNorm2d``.
-        eps_mode: for the layers built inside: as in ``SynchronizedBatchNorm2d``.
-        fused: for the layers built inside: as in ``SynchronizedBatchNorm2d``.
+        process_group: for the layers built inside, as in ``SynchronizedBatchNorm2d``.
+        eps_mode: for the layers built inside, as in ``SynchronizedBatchNorm2d``.
+        fused: for the layers built inside, as in ``SynchronizedBatchNorm2d``.
 
     Raises:
         ValueError: ``eps_mode`` is unknown.
 
     Guarantees:
         - Only layers built in the thread (or asyncio task) of the ``with`` block change.
-        - Blocks may be nested, and be open in any number of threads at once; the innermost's options hold.
-        - torch is as it was as soon as the last block is left, by an exception or not.
+        - Blocks may be nested, and open in several threads at once. The options of the innermost block count.
+        - When the last block ends, also by an exception, torch is as it was before.
 
     Example:
         >>> import torch
@@ -87,8 +89,8 @@ def patch_sync_batchnorm(
     if block.left:
         warnings.warn(
             "patch_sync_batchnorm: layers of these classes were built and do not synchronize: "
-            f"{', '.join(sorted(block.left))}; say what such a layer becomes by "
-            "register_conversion(SourceType, factory)",
+            f"{', '.join(sorted(block.left))}; use register_conversion(SourceType, "
+            "factory) to define what such a layer becomes",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""What becomes what: the built-in conversions and those that users register."""
+"""Which class becomes which: the built-in conversions and those that users register."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from syncbn_convert._forward_check import SYNCHRONIZED, why_unsynchronized
+from syncbn_convert._timm_layers import timm_target
 from syncbn_core import (
     SynchronizedBatchNorm,
     SynchronizedBatchNorm1d,
@@ -18,17 +20,10 @@ from syncbn_core import (
 )
 from syncbn_parallel import DataParallelWithCallback
 
-SYNCHRONIZED = (
-    SynchronizedBatchNorm1d,
-    SynchronizedBatchNorm2d,
-    SynchronizedBatchNorm3d,
-    SynchronizedBatchNorm,
-)
-
 
 @dataclass(frozen=True)
 class Swap:
-    """The module object stays and its class becomes ``target``."""
+    """The module object stays, and its class becomes ``target``."""
 
     target: type[nn.Module]
 
@@ -38,7 +33,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Build:
-    """``factory(module)`` returns the module that takes its place."""
+    """``factory(module)`` returns the module that replaces it."""
 
     factory: Callable[[Any], nn.Module]
 
@@ -48,7 +43,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Wrap:
-    """An nn.DataParallel, or an instance of a subclass, gets replication callbacks."""
+    """An nn.DataParallel, or an instance of a subclass of it, gets replication callbacks."""
 
     wrapper: nn.DataParallel[Any]
 
@@ -59,42 +54,43 @@ class Wrap:
 
 Conversion = Swap | Build | Wrap
 
-_BUILT_IN: dict[type[nn.Module], Conversion] = {
+_BUILT_IN: dict[type[nn.Module], Swap] = {
     nn.BatchNorm1d: Swap(SynchronizedBatchNorm1d),
     nn.BatchNorm2d: Swap(SynchronizedBatchNorm2d),
     nn.BatchNorm3d: Swap(SynchronizedBatchNorm3d),
     nn.SyncBatchNorm: Swap(SynchronizedBatchNorm),
 }
 
-# In the order of registration, under the ids of the handles; the latest registration of a class wins.
+# By the id of the handle, in the order of registration. The latest registration of a class counts.
 _registered: OrderedDict[int, tuple[type[nn.Module], Conversion]] = OrderedDict()
 
 
 def register_conversion(
     source: type[nn.Module], factory: type[nn.Module] | Callable[[Any], nn.Module]
 ) -> RemovableHandle:
-    """Say what modules of exactly the class ``source`` become under ``convert_model``.
+    """Define what ``convert_model`` makes of modules of exactly the class ``source``.
 
-    Subclasses of torch's layers are not guessed at: an activation fused into the layer, frozen statistics or
-    a class-conditional affine part each ask for another answer. This is the place to give it.
+    ``convert_model`` does not guess what a subclass of torch's layers should become: the subclass may have an
+    activation, frozen statistics, or a class-conditional affine part. This function defines it.
 
     Args:
-        source: the class to convert. Its subclasses are other classes, with conversions of their own.
-        factory: either a subclass of ``source``, which the module's class then becomes: the object stays,
-            with everything that it holds. Or any other callable: it gets the module and returns the one
-            that takes its place in every parent; it must not change the module, and should hand on its own
-            parameters and buffers, so that an optimizer built before still works and ``revert_model`` can
-            bring them back. Returning the module itself says: leave it as it is, without a warning.
+        source: the class to convert. Subclasses of it are not converted by this.
+        factory: one of two things. A subclass of ``source``: it becomes the class of the module, and the
+            object stays, with everything that it holds. Or any other callable: it gets the module and returns
+            a replacement. It must not change the module, and should reuse the parameters and buffers of the
+            module, so that an optimizer built before still works and ``revert_model`` can return them. If it
+            returns the module itself, the module stays as it is, without a warning.
 
     Returns:
-        A handle: its ``remove()`` takes the registration back, and so does leaving a ``with`` block on it.
+        A handle. Its ``remove()`` ends the registration, and so does the end of a ``with`` block of it.
 
     Raises:
-        TypeError: ``source`` is not a module class, or ``factory`` cannot be called.
+        TypeError: ``source`` is not a module class; ``factory`` cannot be called; or ``factory`` derives from
+            a synchronized layer but does not synchronize, because its forward does not call that layer's.
 
     Example:
-        A layer with a fused activation calls ``super().forward``, so deriving from it and from the
-        synchronized layer is all it takes:
+        The forward of this layer calls ``super().forward``. So a class that derives from it and from the
+        synchronized layer needs no code:
 
         >>> import torch
         >>> from syncbn_core import SynchronizedBatchNorm2d
@@ -116,14 +112,31 @@ def register_conversion(
             f"got {factory!r}"
         )
     swaps = isinstance(factory, type) and issubclass(factory, source)
+    if swaps and issubclass(factory, SYNCHRONIZED):  # type: ignore[arg-type]
+        _check_synchronizes(factory)  # type: ignore[arg-type]
     handle = RemovableHandle(_registered)
     _registered[handle.id] = source, Swap(factory) if swaps else Build(factory)  # type: ignore[arg-type]
     return handle
 
 
 def conversion_of(source: type[nn.Module]) -> Conversion | None:
-    """The conversion of modules of exactly this class; None where nobody has named one."""
+    """Return the conversion of modules of exactly this class; None if there is none."""
     for registered, conversion in reversed(_registered.values()):
         if registered is source:
             return conversion
-    return _BUILT_IN.get(source)
+    if source in _BUILT_IN:
+        return _BUILT_IN[source]
+    target = timm_target(source)
+    return None if target is None else Swap(target)
+
+
+def _check_synchronizes(target: type[nn.Module]) -> None:
+    reason = why_unsynchronized(target)
+    if reason:
+        layers = {conversion.target for conversion in _BUILT_IN.values()}
+        layer = next((cls for cls in target.__mro__ if cls in layers), SYNCHRONIZED)
+        raise TypeError(
+            f"register_conversion: expected a class that synchronizes, got {target.__qualname__}, which "
+            f"{reason}: each replica would normalize by its own batch. Give {target.__qualname__} a forward "
+            f"that calls {layer.__qualname__}.forward(self, x)"
+        )

@@ -1,4 +1,4 @@
-"""Changing a model all or nothing."""
+"""Change several modules of a model, all or none of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Edit = tuple[nn.Module, Callable[[], object]]  # the module that it changes, and
 
 
 def carry_out(edits: list[Edit]) -> None:
-    """Run the edits in order; where one fails, the modules of all of them are as they were, and it raises."""
+    """Run the edits in order. If one raises, restore all modules, and raise."""
     with ExitStack() as undo:
         for module, edit in edits:
             undo.callback(_restore, module, type(module), dict(vars(module)), dict(module._modules))
@@ -21,7 +21,7 @@ def carry_out(edits: list[Edit]) -> None:
 
 
 def substitutions(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> list[Edit]:
-    """The edits that put each replacement in the place of its key, in every parent and under every name."""
+    """Return the edits that put each replacement in place of its key, in every parent, under every name."""
     return [
         (parent, _putting(parent, name, replacements[child]))
         for parent in model.modules()

@@ -1,4 +1,4 @@
-"""The note that a conversion leaves on each module that it changed: how to take it back."""
+"""The note that a conversion leaves on each module that it changes: how to revert it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SwapNote:
     Attributes:
         origin: the class before.
         target: the class after.
-        names: the attributes that the conversion set or might have set.
-        before: those of them that were there before.
+        names: the attributes that the conversion, or the new class, may have set.
+        before: those that the module had before, with their values.
     """
 
     origin: type[nn.Module]
@@ -28,10 +28,10 @@ class SwapNote:
     before: dict[str, Any]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwapNote:
-        return self  # never changed; and a ProcessGroup in it cannot be copied
+        return self  # it is never changed, and a ProcessGroup in it cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        # A ProcessGroup cannot be pickled either, and means nothing elsewhere.
+        # A ProcessGroup cannot be pickled either, and means nothing in another process.
         before = {name: None if name == "process_group" else value for name, value in self.before.items()}
         return {**vars(self), "before": before}
 
@@ -41,7 +41,7 @@ class BuildNote:
     """On a module that a registered factory made.
 
     Attributes:
-        original: the module in whose place it is.
+        original: the module that it replaces.
         tensors: where each parameter and buffer of the original (by qualified name) is in the replacement.
     """
 
@@ -54,26 +54,25 @@ def swap(
 ) -> None:
     """Change the class and the attributes of a module, and note what they were.
 
-    Nothing else is touched: parameters, buffers, hooks, flags and whatever else the object holds stay because
-    the object stays.
+    Everything else stays, because the object stays: parameters, buffers, hooks, flags.
 
     Args:
         module: the module.
         target: its new class.
         attributes: what to set on it.
-        names: all the attributes that go away, or back to what they are now, when the swap is taken back.
+        names: the attributes that a revert removes, or sets back to what they are now.
     """
     own = vars(module)
-    names = (*names, NOTE)  # an older conversion's note comes back with the rest
+    names = (*names, NOTE)  # the note of an earlier conversion is restored too
     note = SwapNote(type(module), target, names, {name: own[name] for name in names if name in own})
-    # Past nn.Module.__setattr__, which a model may override.
+    # Not by nn.Module.__setattr__, which a model may override.
     object.__setattr__(module, "__class__", target)
     own.update(attributes)
     own[NOTE] = note
 
 
 def note_changes(module: nn.Module, origin: type[nn.Module], before: dict[str, Any]) -> None:
-    """Note on a module what somebody else changed about it, whose class and ``__dict__`` were those given."""
+    """Note what another function changed on a module of class ``origin`` and ``__dict__`` ``before``."""
     own = vars(module)
     names = [name for name in {**before, **own} if before.get(name) is not own.get(name)]
     if names or type(module) is not origin:
@@ -82,17 +81,17 @@ def note_changes(module: nn.Module, origin: type[nn.Module], before: dict[str, A
 
 
 def swap_back(module: nn.Module, note: SwapNote) -> None:
-    """Take a swap back."""
+    """Revert a swap."""
     own = vars(module)
     for name in note.names:
-        if name not in note.before:  # what was there before keeps its place in the order
+        if name not in note.before:  # what was there before keeps its position in the dict
             own.pop(name, None)
     own.update(note.before)
     object.__setattr__(module, "__class__", note.origin)
 
 
 def note_build(original: nn.Module, replacement: nn.Module) -> None:
-    """Note on a replacement what it replaces, and which of its tensors are the original's own."""
+    """Note on a replacement what it replaces, and which tensors the two share."""
     places = {id(slots[key]): name for name, (slots, key) in _tensors(replacement).items()}
     tensors = {
         name: places[id(slots[key])]
@@ -103,16 +102,16 @@ def note_build(original: nn.Module, replacement: nn.Module) -> None:
 
 
 def lost_tensors(replacement: nn.Module, note: BuildNote) -> list[str]:
-    """The original's parameters and buffers that cannot be found in its replacement."""
+    """Return the parameters and buffers of the original that its replacement does not have."""
     present = _tensors(replacement)
     return [name for name in _tensors(note.original) if note.tensors.get(name) not in present]
 
 
 def build_back(replacement: nn.Module, note: BuildNote) -> None:
-    """Hand the tensors and the mode that a replacement has now to the original."""
+    """Give the original the tensors and the mode that its replacement has now."""
     present, past = _tensors(replacement), _tensors(note.original)
     for name, place in note.tensors.items():
-        # Not the same objects any more after, say, model.double(), which makes new buffers.
+        # These may be other objects than at the conversion: model.double() makes new buffers.
         (slots, key), (old_slots, old_key) = present[place], past[name]
         old_slots[old_key] = slots[key]
     if note.original.training != replacement.training:
@@ -120,7 +119,7 @@ def build_back(replacement: nn.Module, note: BuildNote) -> None:
 
 
 def _tensors(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where every parameter and buffer is: qualified name -> (the dict that holds it, its key there)."""
+    """Return where each parameter and buffer is: qualified name -> (the dict that holds it, its key)."""
     return {
         f"{prefix}.{key}".removeprefix("."): (slots, key)
         for prefix, owner in module.named_modules()

@@ -1,4 +1,4 @@
-"""What there is in a model, and what ``convert_model`` makes of it; nothing is changed here."""
+"""Find the batch norm layers of a model, and what ``convert_model`` does with each; change nothing."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 from torch.nn.utils import parametrize
 
+from syncbn_convert._change_layer import OPTIONS
+from syncbn_convert._forward_check import SYNCHRONIZED, why_unsynchronized
+from syncbn_convert._registry import Build, Conversion, Swap, Wrap, conversion_of
 from syncbn_parallel import DataParallelWithCallback
-
-from ._layers import OPTIONS
-from ._registry import SYNCHRONIZED, Build, Conversion, Swap, Wrap, conversion_of
 
 SkipRule = str | Callable[[str, nn.Module], bool]
 
 
 class Verdict(enum.Enum):
-    """What becomes of a module."""
+    """What ``convert_model`` does with a module."""
 
     CONVERTS = enum.auto()
     SYNCHRONIZES = enum.auto()  # it is a synchronized layer already
-    SKIPPED = enum.auto()  # somebody asked for that
-    LEFT_ALONE = enum.auto()  # nobody has said what it should become
-    WRAPPED = enum.auto()  # it would convert, but for the DistributedDataParallel around it
+    SKIPPED = enum.auto()  # the user asked for it
+    LEFT_ALONE = enum.auto()  # there is no conversion for it
+    WRAPPED = enum.auto()  # it would convert, but it is inside a DistributedDataParallel
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One module that convert_model has an opinion about.
+    """One module that convert_model changes, or that it reports.
 
     Attributes:
         name: the module's (first) qualified name.
         module: the module.
-        verdict: what becomes of it.
-        conversion: how, where it converts.
-        reason: why not, where it does not convert.
+        verdict: what convert_model does with it.
+        conversion: how it converts, if it does.
+        reason: why it does not convert, if it does not.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Finding:
 
 
 def survey(model: nn.Module, skip: SkipRule | Iterable[SkipRule] = ()) -> list[Finding]:
-    """All batch norm layers of a model, whatever has a registered conversion, and the nn.DataParallel's."""
+    """Return a finding for every batch norm layer, registered class and nn.DataParallel of a model."""
     enclosed = _requested(model, skip)
     for module in model.modules():
         if enclosure := _enclosure(module):
@@ -72,26 +72,26 @@ def survey(model: nn.Module, skip: SkipRule | Iterable[SkipRule] = ()) -> list[F
 
 
 def called(name: str) -> str:
-    """A module's qualified name, for a message."""
+    """Return a module's qualified name for a message."""
     return repr(name) if name else "the model itself"
 
 
 def warn_left_alone(findings: list[Finding]) -> None:
-    """One warning, to the caller of convert_model, about all layers that nobody has said what to do with."""
+    """Give the caller of convert_model one warning about all layers that have no conversion."""
     left = [f for f in findings if f.verdict is Verdict.LEFT_ALONE]
     if left:
         lines = [f"  {called(f.name)}: {f.reason}" for f in left]
         warnings.warn(
             f"convert_model left {len(left)} batch norm layer(s) alone, which do not synchronize:\n"
             + "\n".join(lines)
-            + "\nSay what such a layer becomes by register_conversion(SourceType, factory), or by skip= that "
-            "it is to stay.",
+            + "\nUse register_conversion(SourceType, factory) to define what such a layer becomes, or "
+            "skip= to leave it without this warning.",
             stacklevel=3,
         )
 
 
 def _requested(model: nn.Module, skip: SkipRule | Iterable[SkipRule]) -> dict[nn.Module, tuple[Verdict, str]]:
-    """What the rules leave out: what one matches under any of its names, with all that it contains."""
+    """Return the modules that a rule matches under any of their names, with all that they contain."""
     rules = [skip] if isinstance(skip, str) or callable(skip) else list(skip)
     named = list(model.named_modules(remove_duplicate=False))
     requested: dict[nn.Module, tuple[Verdict, str]] = {}
@@ -100,10 +100,10 @@ def _requested(model: nn.Module, skip: SkipRule | Iterable[SkipRule]) -> dict[nn
             matched = [module for name, module in named if fnmatchcase(name, rule)]
             reason = f"matches skip={rule!r}"
             if not matched:
-                # A misspelt pattern would convert the very layers that it was meant to protect.
+                # A misspelled pattern would convert the layers that it was meant to protect.
                 raise ValueError(
-                    f"skip: expected the name of a module or a pattern for some, got {rule!r}, which matches "
-                    "none; model.named_modules() lists the names"
+                    f"skip: expected the name of a module or a pattern for names, got {rule!r}, which "
+                    "matches no module; model.named_modules() lists the names"
                 )
         elif isinstance(rule, (type, nn.Module)) or not callable(rule):
             raise TypeError(
@@ -119,7 +119,7 @@ def _requested(model: nn.Module, skip: SkipRule | Iterable[SkipRule]) -> dict[nn
 
 
 def _enclosure(module: nn.Module) -> tuple[Verdict, str] | None:
-    """What this module means for those that it contains."""
+    """Return what this module means for the modules inside it; None if nothing."""
     if isinstance(module, torch.jit.ScriptModule):
         return Verdict.LEFT_ALONE, "part of a TorchScript module: convert before scripting or tracing"
     if type(module).__module__.startswith("torch.ao.nn."):
@@ -132,12 +132,15 @@ def _enclosure(module: nn.Module) -> tuple[Verdict, str] | None:
 
 
 def _by_itself(name: str, module: nn.Module) -> Finding | None:
-    """The finding about a module, wherever it is; None for one that has nothing to do with batch norm."""
+    """Return the finding about a module, wherever it is; None if it has nothing to do with batch norm."""
     if isinstance(module, nn.DataParallel):
         if isinstance(module, DataParallelWithCallback):
             return None
         return Finding(name, module, Verdict.CONVERTS, Wrap(module))
     if isinstance(module, SYNCHRONIZED):
+        reason = why_unsynchronized(type(module))
+        if reason:
+            return Finding(name, module, Verdict.LEFT_ALONE, reason=f"{type(module).__name__} {reason}")
         return Finding(name, module, Verdict.SYNCHRONIZES)
     conversion = conversion_of(type(module))
     if conversion is not None:
@@ -150,21 +153,21 @@ def _by_itself(name: str, module: nn.Module) -> Finding | None:
 
 
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> str:
-    """What on this object, rather than in its class, forbids making it a ``target``."""
+    """Return what on this object, not in its class, prevents its conversion; '' if nothing does."""
     own = vars(module)
     if "forward" in own:
-        return "has a forward of its own, set on the object, which would go on to run the unsynchronized one"
+        return "has a forward that is set on the object, which would still run the unsynchronized one"
     if own.get("qconfig") is not None:
         return "prepared for quantization (it has a qconfig)"
     for option in OPTIONS if issubclass(target, SYNCHRONIZED) else ():
         expected = option == "process_group" and isinstance(module, nn.SyncBatchNorm)
         if option in own and not expected:
-            return f"has an attribute {option!r} of its own, which a synchronized layer uses otherwise"
+            return f"has an attribute {option!r}, which a synchronized layer uses for another purpose"
     return ""
 
 
 def _kinship(module: nn.Module) -> str:
-    """Why a module without a conversion is batch norm all the same; '' if it is not."""
+    """Return why a module without a conversion is a batch norm; '' if it is none."""
     kind = type(module).__name__
     if parametrize.is_parametrized(module) and isinstance(module, _BatchNorm):
         return "is parametrized: convert first, then parametrize"
