@@ -40,7 +40,7 @@ def warn_of_local_batch_norms(model: nn.Module, module: nn.Module) -> None:
         _hinted.add(model)
         warnings.warn(
             f"expected batch-norm layers that synchronize over the replicas, got {len(local)} that do not "
-            f"(the first is {local[0]!r}): in training, each replica normalizes by its own part of the batch. "
+            f"(the first is {local[0]!r}): in training, each replica normalizes by its part of the batch. "
             "syncbn_convert.convert_model(model) makes them synchronize. If you want them as they are, "
             "call warnings.filterwarnings('ignore', 'expected batch-norm layers that synchronize')",
             stacklevel=4,
