@@ -79,8 +79,10 @@ def scatter_kwargs(
     count = _common_count(found, dim)
     if count is None:
         count = 1 if found else len(devices)
-    calls = _split(arguments, devices[:count], dim, "")
-    return tuple(own for own, _ in calls), tuple(own for _, own in calls)
+    rows, kwrows = (
+        _split(value, devices[:count], dim, name) for value, name in zip(arguments, ("inputs", "kwargs"))
+    )
+    return tuple(rows), tuple(kwrows)
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
