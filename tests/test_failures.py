@@ -50,7 +50,7 @@ def test_what_a_replica_raises_arrives_as_it_is_and_the_next_step_is_right(
         replicas(x)
     assert caught.value is failure
     note = "\n".join(failure.__notes__)
-    assert f"replica {rank} of 4 on cpu" in note
+    assert f"replica {rank} (of 0 to 3) on cpu" in note
     assert f"{layer!r}" in note
     handle.remove()
 

@@ -125,6 +125,7 @@ def test_a_replica_that_skips_a_layer_is_an_error_and_the_next_forward_works(pre
     torch.testing.assert_close(model(good), SkipsOnePlace()(good))
 
 
+@pytest.mark.filterwarnings("ignore:DataParallelWithCallback found no GPU:UserWarning")
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, DataParallelWithCallback])
 def test_converting_before_and_after_wrapping_give_one_result_without_a_gpu(wrapper, residual_net):
     if torch.cuda.is_available():

@@ -99,10 +99,27 @@ def test_a_context_can_be_copied():
     assert copy.copy(context).name == "layer1.bn"
 
 
-def test_the_callback_is_looked_up_on_the_class():
-    module = nn.Identity()
-    module.__data_parallel_replicate__ = lambda ctx, copy_id: pytest.fail("called")
-    execute_replication_callbacks(replicate(module, ["cpu"]))
+def test_a_callback_that_is_set_on_the_object_counts_as_one_of_the_class():
+    module, calls = nn.Identity(), []
+    module.__data_parallel_replicate__ = lambda ctx, copy_id: calls.append((ctx.name, copy_id))
+    execute_replication_callbacks(replicate(nn.Sequential(module), ["cpu", "cpu"]))
+    assert calls == [("0", 0), ("0", 1)]
+
+
+def test_a_callback_that_is_set_on_the_object_as_a_method_is_called_on_the_copy():
+    module = Recorder([])
+    module.__data_parallel_replicate__ = module.__data_parallel_replicate__
+    replicas = replicate(module, ["cpu", "cpu"])
+    execute_replication_callbacks(replicas)
+    assert [(copied, copy_id) for copied, _, copy_id in module.calls] == [(replicas[0], 0), (replicas[1], 1)]
+
+
+def test_a_context_without_arguments_tells_nothing_but_takes_attributes():
+    context = CallbackContext()
+    context.sync_master = "master"
+    assert context.sync_master == "master"
+    assert not any(hasattr(context, name) for name in ("group", "devices", "num_replicas"))
+    assert repr(context) == "CallbackContext(name='', num_replicas=None)"
 
 
 def test_replicas_of_different_modules_are_refused():

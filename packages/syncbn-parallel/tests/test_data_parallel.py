@@ -150,19 +150,21 @@ def test_copies_and_pickles_compute_the_same_after_a_forward(centred_net, duplic
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 class TestOnAMachineWithoutGPU:
-    def test_no_device_ids_run_the_module_alone(self):
-        model = DataParallelWithCallback(nn.Linear(4, 2), dim=1)
+    def test_no_device_ids_run_the_module_alone_with_a_warning(self):
+        with pytest.warns(UserWarning, match="no GPU or other accelerator.*device_ids=") as caught:
+            model = DataParallelWithCallback(nn.Linear(4, 2), dim=1)
+        assert [warning.filename for warning in caught] == [__file__]
         assert list(model.device_ids) == []
         assert model.dim == 1
         assert model(torch.ones(4)).shape == (2,)
 
     @pytest.mark.parametrize("device_ids", [[0], [0, 1], ["cuda"], ["cuda:3"]])
     def test_gpus_are_refused(self, device_ids):
-        with pytest.raises(ValueError, match=r"devices that are there, got cuda:\d.* 0 CUDA devices"):
+        with pytest.raises(ValueError, match=r"devices that exist, got cuda:\d.* 0 devices"):
             DataParallelWithCallback(nn.Linear(4, 2), device_ids)
 
     def test_a_gpu_for_the_output_is_refused(self):
-        with pytest.raises(ValueError, match="expected devices that are there"):
+        with pytest.raises(ValueError, match="expected devices that exist"):
             DataParallelWithCallback(nn.Linear(4, 2), ["cpu", "cpu"], output_device=0)
 
 

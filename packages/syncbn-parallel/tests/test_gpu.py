@@ -86,7 +86,7 @@ def test_a_failure_on_the_gpu_is_the_original_one(centred_net):
     x[2:] = 1
     with pytest.raises(RuntimeError, match=r"out of memory|storage") as caught:
         model(x)
-    assert caught.value.__notes__ == ["raised in replica 1 of 2 on cuda:0, in layer '0' (Greedy)"]
+    assert caught.value.__notes__ == ["raised in replica 1 (of 0 to 1) on cuda:0, in layer '0' (Greedy)"]
     assert model(x * 0).shape == (4, 4)
 
 

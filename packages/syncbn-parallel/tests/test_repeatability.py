@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from syncbn_parallel import DataParallelWithCallback, _workers
-from syncbn_parallel._sequence import raise_sequence_number, sequence_number
+from syncbn_parallel._sequence_numbers import raise_sequence_number, sequence_number
 
 REPLICAS = 3
 

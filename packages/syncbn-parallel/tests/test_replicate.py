@@ -248,7 +248,7 @@ def test_replication_leaves_the_module_as_it_was():
 
 
 def test_names_and_order_are_those_of_named_modules():
-    from syncbn_parallel._replicate import named_submodules
+    from syncbn_parallel._module_tree import named_submodules
 
     deep = nn.Sequential(Blocks(), nn.Sequential(nn.Sequential(nn.ReLU()), nn.Tanh()))
     deep.append(deep[1][0])

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from syncbn_parallel._scatter_gather import gather, scatter_kwargs
+from syncbn_parallel._gather import gather
+from syncbn_parallel._scatter import scatter_kwargs
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -129,13 +130,23 @@ def test_chunks_move_to_their_devices_and_gradients_come_back():
 
 
 def test_tensors_that_make_different_numbers_of_chunks_are_refused_by_their_place():
-    with pytest.raises(ValueError, match=r"2 of inputs\[0\], 1 of kwargs\['anchors'\]\[0\]"):
+    with pytest.raises(ValueError, match=r"8 rows .* inputs\[0\], 1 rows .* kwargs\['anchors'\]\[0\]"):
         scatter_kwargs((torch.ones(8, 2),), {"anchors": [torch.ones(1, 2)]}, [CPU, CPU])
 
 
-def test_tensors_of_different_sizes_with_equally_many_chunks_are_split_each_for_itself():
-    inputs, _ = scatter_kwargs((torch.ones(8), torch.ones(6)), {}, [CPU, CPU])
-    assert [(len(a), len(b)) for a, b in inputs] == [(4, 3), (4, 3)]
+@pytest.mark.parametrize(("size", "devices"), [(16, 4), (10, 2), (7, 4), (3, 3)])
+def test_tensors_of_a_multiple_of_the_size_are_split_side_by_side(size, devices):
+    x, y = torch.arange(size), torch.arange(size).repeat_interleave(3)
+    calls, _ = scatter_kwargs((x, y), {}, [CPU] * devices)
+    assert all(torch.equal(own_x.repeat_interleave(3), own_y) for own_x, own_y in calls)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices"), [((8, 7), 4), ((8, 7), 2), ((8, 6), 2), ((6, 8), 2), ((5, 10), 4)]
+)
+def test_tensors_of_different_sizes_that_do_not_go_side_by_side_are_refused(sizes, devices):
+    with pytest.raises(ValueError, match=rf"{sizes[0]} rows .* inputs\[0\], {sizes[1]} rows .* inputs\[1\]"):
+        scatter_kwargs(tuple(map(torch.ones, sizes)), {}, [CPU] * devices)
 
 
 @pytest.mark.parametrize(("x", "dim"), [(torch.tensor(1.0), 0), (torch.ones(4), 1), (torch.ones(4), -2)])
@@ -191,7 +202,7 @@ def test_a_parameter_and_its_copy_are_both_tensors():
     [
         ([[1, "a"], [1, "b"]], r"value .* got \['a', 'b'\] in the output\[1\]"),
         ([{"loss": 0.5}, {"loss": 0.25}], r"value .* in the output\['loss'\]; return a tensor"),
-        ([Vague(), Vague()], "value"),
+        ([Vague(), Vague()], "the output of type Vague"),
         ([None, torch.ones(1)], "type"),
         ([1, 1.0], "type"),
         ([[1], [1, 2]], r"length .* got \[1, 2\] in the output"),

@@ -1,4 +1,4 @@
-"""Telling the copies of every sub-module that they are copies, and of what."""
+"""Replication callbacks: they tell the copies of every sub-module which copy of what they are."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
-from syncbn_comm import ReplicaGroup
+from syncbn_comm import ReplicaGroup, SyncMaster
 from syncbn_parallel._devices import device_of
-from syncbn_parallel._failures import join_group, refuse_backward
-from syncbn_parallel._replicate import named_submodules
+from syncbn_parallel._membership import join_group
+from syncbn_parallel._module_tree import named_submodules
+from syncbn_parallel._refusals import refuse_backward, refuse_transforms
 
 _HOOK = "__data_parallel_replicate__"
 
@@ -20,21 +21,38 @@ _HOOK = "__data_parallel_replicate__"
 class CallbackContext:
     """What the copies of one sub-module share during one forward.
 
-    A callback may hang any further attribute on it, for the other copies to find.
+    A callback may set any further attribute on it, for the other copies to find. A
+    :class:`syncbn_comm.SyncMaster` that is set on it breaks when a replica fails or finishes, so nobody waits
+    at it for a replica that will not come; after the forward it is as new.
 
-    Attributes:
+    Args:
         name: the sub-module's qualified name in the model, such as ``'layer3.1.bn2'``; ``''`` for the model
             itself. A module with several names goes by the first, as in ``named_modules()``.
-        num_replicas: how many replicas this forward has; for a small batch, fewer than the model has devices.
-        devices: the ``torch.device`` of each replica, by rank.
-        group: the :class:`syncbn_comm.ReplicaGroup` whose members, by rank, are the replicas.
+        devices: the ``torch.device`` of each replica, by rank. Left out, the context has neither ``devices``
+            nor ``num_replicas``.
+        group: the :class:`syncbn_comm.ReplicaGroup` whose members, by rank, are the replicas. Left out, the
+            context has no ``group``.
+
+    Attributes:
+        name: as above.
+        num_replicas: the number of replicas in this forward: for a small batch, fewer than devices.
+        devices: as above.
+        group: as above.
     """
 
-    def __init__(self, name: str, devices: tuple[torch.device, ...], group: ReplicaGroup) -> None:
+    num_replicas: int
+    devices: tuple[torch.device, ...]
+    group: ReplicaGroup
+
+    def __init__(
+        self, name: str = "", devices: Sequence[torch.device] | None = None, group: ReplicaGroup | None = None
+    ) -> None:
         self.name = name
-        self.num_replicas = len(devices)
-        self.devices = devices
-        self.group = group
+        if devices is not None:
+            self.devices = tuple(devices)
+            self.num_replicas = len(self.devices)
+        if group is not None:
+            self.group = group
 
     if TYPE_CHECKING:  # any attribute can be set
 
@@ -42,11 +60,12 @@ class CallbackContext:
 
     def __getattr__(self, attribute: str) -> Any:
         raise AttributeError(
-            f"no callback has set {attribute!r} on the context of {vars(self).get('name')!r}"
+            f"expected {attribute!r} on the context of {vars(self).get('name')!r}, got a context on which no "
+            "callback has set it"
         )
 
     def __repr__(self) -> str:
-        return f"CallbackContext(name={self.name!r}, num_replicas={self.num_replicas})"
+        return f"CallbackContext(name={self.name!r}, num_replicas={vars(self).get('num_replicas')})"
 
 
 class ReplicationCallback(Protocol):
@@ -65,13 +84,13 @@ def execute_replication_callbacks(
     """Call ``__data_parallel_replicate__(ctx, copy_id)`` on every sub-module of every replica that has it.
 
     The copies of one sub-module get one :class:`CallbackContext`. The sub-modules of replica 0 are called
-    first, so what the master hangs on the context is there when its copies are called. Like other special
-    methods, the callback is looked up on the class.
+    first, so what they set on the context is there when the copies are called. The callback may be a method
+    of the class, or a function that is set on the object.
 
     Args:
         modules: the replicas of one module, master first.
-        group: where the replicas meet in the forward to come; None makes a group.
-        devices: where the replicas live; None asks the first parameter or buffer of each.
+        group: where the replicas meet in the next forward; None makes a group.
+        devices: where the replicas live; None means the device of the first parameter or buffer of each.
 
     Raises:
         ValueError: the replicas differ in their number of sub-modules, or there is not one member of
@@ -88,8 +107,15 @@ def execute_replication_callbacks(
         copy 0 of 2 of '1'
         copy 1 of 2 of '1'
     """
+    _call_back(modules, group, devices)
+
+
+def _call_back(
+    modules: Sequence[nn.Module], group: ReplicaGroup | None, devices: Sequence[torch.device] | None
+) -> list[CallbackContext]:
+    """Do what :func:`execute_replication_callbacks` says, and return the contexts."""
     if not modules:
-        return
+        return []
     if group is None:
         group = ReplicaGroup(len(modules))
     places = tuple(map(device_of, modules)) if devices is None else tuple(devices)
@@ -99,11 +125,12 @@ def execute_replication_callbacks(
             f"got a group of {group.world_size} and {len(places)} devices"
         )
     contexts = [
-        CallbackContext(name, places, group) if hasattr(type(module), _HOOK) else None
+        CallbackContext(name, places, group) if has_callback(module) else None
         for name, module in named_submodules(modules[0])
     ]
-    if not any(contexts):
-        return
+    made = [context for context in contexts if context is not None]
+    if not made:
+        return []
     for copy_id, replica in enumerate(modules):
         copies = named_submodules(replica)
         if len(copies) != len(contexts):
@@ -114,6 +141,12 @@ def execute_replication_callbacks(
         for context, (_, copy) in zip(contexts, copies):
             if context is not None:
                 cast(ReplicationCallback, copy).__data_parallel_replicate__(context, copy_id)
+    return made
+
+
+def has_callback(module: nn.Module) -> bool:
+    """Return whether the module has a replication callback, on its class or set on the object."""
+    return hasattr(type(module), _HOOK) or _HOOK in module.__dict__
 
 
 def introduce(
@@ -122,9 +155,16 @@ def introduce(
     """Make the replicas of one forward a group: call their callbacks, and let them succeed or fail together.
 
     Raises:
-        RuntimeError: a backward pass runs this forward.
+        RuntimeError: a backward pass or a function transform runs this forward.
     """
     refuse_backward()
+    refuse_transforms()
     group = ReplicaGroup(len(replicas), timeout)
-    execute_replication_callbacks(replicas, group=group, devices=devices)
-    join_group(replicas, devices, group)
+    contexts = _call_back(replicas, group, devices)
+    masters = {
+        id(value): (context.name, value)
+        for context in contexts
+        for value in vars(context).values()
+        if isinstance(value, SyncMaster)
+    }
+    join_group(replicas, devices, group, masters.values())

@@ -2,62 +2,63 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextvars import copy_context
 from functools import partial
 from types import EllipsisType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from syncbn_comm import ReplicaGroup
 from syncbn_parallel._callbacks import introduce
-from syncbn_parallel._devices import as_device
-from syncbn_parallel._failures import first_failure, group_of
-from syncbn_parallel._replicate import named_submodules, replicate
-from syncbn_parallel._scatter_gather import gather, scatter_kwargs
-from syncbn_parallel._state import CallerState
+from syncbn_parallel._caller_state import CallerState
+from syncbn_parallel._compiler import outside_of_the_compiler
+from syncbn_parallel._devices import all_accelerators, as_device, checked_devices
+from syncbn_parallel._gather import gather
+from syncbn_parallel._hints import warn_of_local_batch_norms, warn_of_no_devices
+from syncbn_parallel._in_place_changes import InputChanges, SharedTensorChanges
+from syncbn_parallel._membership import ReplicaForward, first_failure, forward_of
+from syncbn_parallel._module_tree import named_submodules
+from syncbn_parallel._refusals import refuse_transforms
+from syncbn_parallel._replicate import replicate
+from syncbn_parallel._scatter import scatter_kwargs
 from syncbn_parallel._workers import run_all
 
 _M = TypeVar("_M", bound=nn.Module)
-
-# Seconds of a forward from which on it pays to send the caller's OpenMP team to sleep. Shorter ones lose more
-# by a core that has to be woken at each hand-off than by one that spins.
-_LONG = 1.5e-3
-
-# Seconds that the replicas of the last forward took; not on the model, where nothing of a forward stays.
-_took: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
 class DataParallelWithCallback(nn.DataParallel[_M]):
     """An ``nn.DataParallel`` on any devices, whose replicas can synchronize.
 
     Each forward splits the batch over the devices, replicates the module, calls the replication callbacks
-    (:func:`execute_replication_callbacks`), runs all replicas at once and joins their outputs. A batch that
-    makes a single chunk is run by the module itself, in the calling thread. ``scatter``, ``replicate``,
-    ``parallel_apply`` and ``gather`` can be overridden as those of ``nn.DataParallel``; an override of
-    ``replicate`` has to call this one, for the sake of the callbacks.
+    (:func:`execute_replication_callbacks`), runs all replicas at once and joins their outputs. If the batch
+    makes a single chunk, the module itself runs it, in the calling thread. ``scatter``, ``replicate``,
+    ``parallel_apply`` and ``gather`` can be overridden as those of ``nn.DataParallel``. An override of
+    ``replicate`` has to call this one, which calls the callbacks.
 
     **Guarantees**
 
     - If replicas raise, the forward raises the first of their exceptions, the very object, with a note that
-      names the replica, its device and the layer. Whoever waits for that replica stops at once, and no
+      names the replica, its device and the layer. Replicas that wait for the failed one stop at once, and no
       replica runs on after the forward. The next forward works.
-    - The gradients are the same, bit for bit, in every run of the same program, however the threads
-      interleave.
-    - Replicas work under the caller's grad mode, inference mode, autocast state and context variables, each
-      on its share of the caller's intra-op threads. They run on lasting threads; for a given share, there
-      are never more of these than replicas have run at once.
+    - The gradients are the same, bit for bit, in every run of the same program, in whatever order the threads
+      run.
+    - Replicas work under the caller's grad mode, inference mode, autocast state, streams, context variables,
+      torch function and dispatch modes and (from torch 2.8 on) hooks on saved tensors, each on its share of
+      the caller's intra-op threads. They run on threads that are kept; for a given share, there are never
+      more of these than replicas have run at once.
+    - What cannot be right is an error: a forward inside a backward pass or inside a function transform
+      (``torch.func``), and a parameter that the forward changes in place while several replicas share it.
     - Any number of threads may run models at once, or one model, as far as the module itself allows it.
 
     Args:
         module: the module to replicate. Its parameters and buffers have to be on ``device_ids[0]``.
         device_ids: where the replicas go: ``["cpu"] * 4`` is four on the CPU, ``[0, 1]`` two GPUs,
-            ``[0, 0]`` two on one GPU. None is all GPUs; on a machine without, the module then runs alone.
+            ``[0, 0]`` two on one GPU. A number is a device of the machine's accelerator (CUDA, XPU, or one
+            that a backend adds to torch). None means all of these; on a machine without, the module runs
+            alone, with a warning.
         output_device: where the joined output goes; None is ``device_ids[0]``, -1 the CPU.
         dim: the batch dimension.
         timeout: seconds that a replica waits for the others at one place; None waits for ever. Left out, the
@@ -85,43 +86,62 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         *,
         timeout: float | EllipsisType | None = ...,
     ) -> None:
-        ReplicaGroup(1, timeout)  # to refuse a time-out that makes no sense here, not in the first forward
-        devices = None if device_ids is None else _checked(device_ids)
-        if devices is None or devices[0].type == "cuda":
+        ReplicaGroup(1, timeout)  # refuses a bad timeout here, not in the first forward
+        devices = all_accelerators() if device_ids is None else checked_devices(device_ids)
+        if not devices:
+            warn_of_no_devices()
+        if devices and devices[0].type == "cuda":
             super().__init__(module, devices, dim=dim)
         else:  # nn.DataParallel ignores the ids of other devices, or refuses them
             nn.Module.__init__(self)
             self.module = module
             self.device_ids = devices  # type: ignore[assignment]  # annotated there as numbers of GPUs
-            self.src_device_obj = self.output_device = devices[0]  # type: ignore[assignment]
+            if devices:
+                self.src_device_obj = self.output_device = devices[0]  # type: ignore[assignment]
             if len(devices) == 1:
                 module.to(devices[0])
         if output_device is not None:
             on_cpu = output_device == -1
-            self.output_device = -1 if on_cpu else _checked([output_device])[0]  # type: ignore[assignment]
+            self.output_device = -1 if on_cpu else checked_devices([output_device])[0]  # type: ignore[assignment]
         self.dim = dim
         self.timeout = timeout
 
-    # The compiler would trace the hand-off between threads. Its public ``disable`` does the same as this, but
-    # loads the compiler with this module, a second that only those who train spend anyway.
-    @_disable_dynamo
+    def extra_repr(self) -> str:
+        """Show the devices, the batch dimension and the timeout."""
+        shown = [f"device_ids={[str(as_device(device)) for device in self.device_ids]}"]
+        if self.device_ids:
+            shown.append(
+                f"output_device={'cpu' if self.output_device == -1 else str(as_device(self.output_device))!r}"
+            )
+        shown.append(f"dim={self.dim}")
+        if self.timeout is not ...:
+            shown.append(f"timeout={self.timeout}")
+        return ", ".join(shown)
+
+    @outside_of_the_compiler
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module on every device's share of the arguments, and join the outputs.
 
         Raises:
-            RuntimeError: the module is not on ``device_ids[0]``, or a backward pass runs this forward.
+            RuntimeError: the module is not on ``device_ids[0]``; a backward pass or a function transform runs
+                this forward; or the forward has changed a parameter in place that replicas share.
             ValueError: the arguments cannot be split, or the outputs not be joined.
             Exception: the first that a replica raised.
         """
         if not self.device_ids:
             return self.module(*inputs, **kwargs)
+        if len(self.device_ids) > 1:
+            refuse_transforms()
         self._check_module_device()
         rows, kwrows = self.scatter(inputs, kwargs, self.device_ids)
         if not rows and not kwrows:  # a module without arguments runs once
             rows, kwrows = ((),), ({},)
         if len(rows) > 1:
+            warn_of_local_batch_norms(self, self.module)
+            changes = InputChanges((inputs, kwargs), list(zip(rows, kwrows)))
             replicas = self.replicate(self.module, self.device_ids[: len(rows)])
             outputs = self.parallel_apply(replicas, rows, kwrows)
+            changes.carry_over(self.dim)
         else:
             outputs = [self.module(*rows[0], **kwrows[0])]
             if len(self.device_ids) == 1:
@@ -144,23 +164,25 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
     def parallel_apply(self, replicas: Sequence[_M], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
         """Run each replica on its own arguments, all at once, and return their outputs."""
         devices = list(map(as_device, self.device_ids[: len(replicas)]))
-        group = group_of(replicas)
+        forward = forward_of(replicas)
         state = CallerState(devices)
         calls = [
-            partial(copy_context().run, _run_replica, *one, state, group)
+            partial(copy_context().run, _run_replica, *one, state, forward)
             for one in zip(replicas, inputs, kwargs, devices, strict=True)
         ]
+        changes = SharedTensorChanges(self, replicas, devices)
         share = max(1, torch.get_num_threads() // len(self.device_ids))
-        # Without gradients there was no backward before this forward, whose team would still spin.
-        rest = _took.get(self, 0.0) > _LONG and devices[0].type == "cpu" and torch.is_grad_enabled()
-        start = time.perf_counter()
-        jobs = run_all(calls, share, on_interrupt=group.abort, rest=rest)
-        _took[self] = time.perf_counter() - start
+        try:
+            jobs = run_all(calls, share, on_interrupt=forward.abort)
+        finally:
+            forward.end()
+        group = forward.group
         failure = first_failure([job.take_error() for job in jobs], group)
         if failure is None:
+            changes.refuse()
             return [job.result for job in jobs]
-        # Its traceback holds the frames of the replicas. What in them leads back to it has to go, or the
-        # memory of a failed forward, out-of-memory errors included, would wait for the garbage collector.
+        # Its traceback holds the frames of the replicas. What leads back to it from there has to go, or the
+        # memory of a failed forward, as after an out-of-memory error, waits for the garbage collector.
         group.forget_failure()
         try:
             raise failure
@@ -188,7 +210,7 @@ def _run_replica(
     kwargs: dict[str, Any],
     device: torch.device,
     state: CallerState,
-    group: ReplicaGroup,
+    forward: ReplicaForward,
 ) -> Any:
     if not isinstance(inputs, (tuple, list)):  # an override of scatter may leave a tensor bare
         inputs = (inputs,)
@@ -196,30 +218,5 @@ def _run_replica(
         with state.applied(device):
             return replica(*inputs, **kwargs)
     except BaseException as error:
-        group.abort(error)  # news only of a replica that failed outside of its call
+        forward.abort(error)  # changes nothing, unless the replica failed outside of its call
         raise
-
-
-def _checked(device_ids: Sequence[int | str | torch.device]) -> list[torch.device]:
-    """Return ``device_ids`` as devices that are there and of one kind.
-
-    Raises:
-        ValueError: they are not.
-    """
-    expected = "expected device_ids to be a list of devices of one kind, such as ['cpu', 'cpu'] or [0, 1]"
-    if isinstance(device_ids, str) or not isinstance(device_ids, Sequence) or not device_ids:
-        raise ValueError(f"{expected}, got {device_ids!r}")
-    try:
-        devices = list(map(as_device, device_ids))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{expected}, got {device_ids!r}: {error}") from error
-    if len({device.type for device in devices}) > 1:
-        raise ValueError(f"{expected}, got {device_ids!r}")
-    present = torch.cuda.device_count()
-    missing = [str(device) for device in devices if device.type == "cuda" and device.index >= present]
-    if missing:
-        raise ValueError(
-            f"expected devices that are there, got {', '.join(missing)} on a machine with {present} CUDA "
-            "devices; replicas on the CPU are device_ids=['cpu', 'cpu']"
-        )
-    return devices

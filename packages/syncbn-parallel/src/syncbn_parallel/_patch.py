@@ -10,6 +10,7 @@ from torch import nn
 from syncbn_parallel._callbacks import introduce
 from syncbn_parallel._data_parallel import DataParallelWithCallback
 from syncbn_parallel._devices import device_of
+from syncbn_parallel._module_references import turn_attributes_of_replicas
 
 _D = TypeVar("_D", bound="nn.DataParallel[Any]")
 
@@ -17,10 +18,10 @@ _D = TypeVar("_D", bound="nn.DataParallel[Any]")
 def patch_replication_callback(data_parallel: _D) -> _D:
     """Make the replicas of an ``nn.DataParallel`` know of each other.
 
-    Its ``replicate``, overridden or not, is followed by the replication callbacks, and a replica that fails
-    reaches the others whatever its ``parallel_apply`` does. Only this object changes, and its copies and
-    pickles. Patching it again changes nothing, and neither does patching a
-    :class:`DataParallelWithCallback`.
+    From then on the replication callbacks follow its ``replicate``, overridden or not, and a replica that
+    fails reaches the others, whatever its ``parallel_apply`` does. Only this object changes, with the copies
+    and pickles that are made of it. Patching it twice changes nothing more, and a
+    :class:`DataParallelWithCallback` needs no patch.
 
     Args:
         data_parallel: an ``nn.DataParallel``, or an instance of a subclass.
@@ -29,7 +30,7 @@ def patch_replication_callback(data_parallel: _D) -> _D:
         The same object.
 
     Raises:
-        TypeError: it is no ``nn.DataParallel``.
+        TypeError: it is not an ``nn.DataParallel``.
 
     Example:
         >>> from torch import nn
@@ -55,5 +56,6 @@ class _WithCallbacks:
 
     def __call__(self, module: nn.Module, device_ids: Sequence[Any]) -> list[nn.Module]:
         replicas: list[nn.Module] = self._replicate(module, device_ids)
+        turn_attributes_of_replicas(module, replicas)
         introduce(replicas, list(map(device_of, replicas)))
         return replicas

@@ -1,36 +1,27 @@
 """Replicas of a module on any devices, several on one device included.
 
-Nothing here looks at what kind of device it has, but for one faster way between GPUs. A tensor that lives
-where a replica wants it is shared, any other is copied by a differentiable copy. So the gradients arrive in
-the module that was replicated, wherever its replicas are.
+A tensor that lives on the device of a replica is shared. Any other tensor is copied by a differentiable
+copy, so the gradients arrive in the original module, wherever its replicas are. All kinds of devices take
+one way, except that CUDA devices have a faster one.
 """
 
 from __future__ import annotations
 
-import types
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel._functions import Broadcast
 
 from syncbn_parallel._devices import as_device, moved
+from syncbn_parallel._module_references import References, ReplicaReferences, copy_of, turn_attributes
+from syncbn_parallel._module_tree import named_submodules
 
 _M = TypeVar("_M", bound=nn.Module)
 
 # One device's tensors; the key is the id of the module's own tensor that each of them stands for.
 _Tensors = dict[int, Tensor]
-
-_STOCK_COPY = nn.Module._replicate_for_data_parallel
-
-# What a module's forward looks at to run its hooks.
-_HOOKS = tuple(key for key in nn.Module().__dict__ if "forward" in key and "hooks" in key)
-
-# What `_turn_to_copy` is there for, besides lists of modules.
-_SEQUENCES = frozenset({list, tuple})
-_TURNED = frozenset({"_flat_weights_names", "forward", "_compiled_call_impl"})
 
 
 def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_M]:
@@ -46,9 +37,14 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
     - Sub-modules: a replica of each, made by its ``_replicate_for_data_parallel()``. What is shared inside
       the module (a module under two names, tied weights) is shared inside a replica.
     - Its forward hooks, and those that its forward adds; these end with the replica.
-    - A list or tuple of sub-modules that is a plain attribute: the same of their replicas.
-    - Everything else by reference. Compiled code belongs to the module it was compiled for: a replica of a
-      compiled module runs uncompiled.
+    - Attributes and hooks that lead to sub-modules, parameters or buffers: bound methods, functions with a
+      closure, ``functools.partial``, weak references, and lists, tuples, dicts, sets and deques of these, at
+      any depth. In a replica they lead to those of the replica.
+    - Everything else by reference. Compiled code belongs to the module that it was compiled for, so a replica
+      of a compiled module runs uncompiled.
+
+    A module that is reached through a global variable, or through an attribute of an object that is no
+    module, stays the original.
 
     Args:
         module: the module to replicate. It stays as it is.
@@ -79,33 +75,22 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
                 f"as {name or 'the model'!r}; replicate what it was scripted or traced from"
             )
         modules.append(submodule)
+    if not targets:
+        return []
     parameters = _by_device((p for m in modules for p in m._parameters.values()), targets)
     buffers = _by_device((b for m in modules for b in m._buffers.values()), targets)
-    originals = list(map(_Original, modules))
+    originals = {*map(id, modules), *parameters[targets[0]], *buffers[targets[0]]}
+    references = References(originals)
+    attributes = list(map(references.attributes_of, modules))
     replicas = []
     for rank, device in enumerate(targets):
         own_buffers = buffers[device]
         if rank > 0:
             used = device in targets[:rank]
             own_buffers = {key: b.clone() if used or id(b) == key else b for key, b in own_buffers.items()}
-        replicas.append(cast(_M, _assemble(originals, parameters[device], own_buffers)))
+        tensors = {**parameters[device], **own_buffers}
+        replicas.append(cast(_M, _assemble(modules, attributes, references, tensors)))
     return replicas
-
-
-def named_submodules(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return what ``root.named_modules()`` yields, without its chain of generators, one per level."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-    pending = [("", root)]
-    while pending:
-        name, module = pending.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append((name, module))
-            prefix = f"{name}." if name else ""
-            children = reversed(module._modules.items())
-            pending += [(prefix + key, child) for key, child in children if child is not None]
-    return found
 
 
 def _by_device(tensors: Iterable[Tensor | None], devices: list[torch.device]) -> dict[torch.device, _Tensors]:
@@ -126,73 +111,28 @@ def _by_device(tensors: Iterable[Tensor | None], devices: list[torch.device]) ->
     return found
 
 
-def _assemble(modules: list[_Original], parameters: _Tensors, buffers: _Tensors) -> nn.Module:
+def _assemble(
+    modules: list[nn.Module], attributes: list[list[str]], references: References, tensors: _Tensors
+) -> nn.Module:
     """Build one replica of the first module from a copy of each and the tensors that it is to hold."""
-    copies = {id(original.module): original.copy() for original in modules}
-    for original in modules:
-        module = original.module
-        copy = copies[id(module)]
+    copies = {id(module): copy_of(module) for module in modules}
+    to_replica = ReplicaReferences(references, {**copies, **tensors})
+    for module, keys in zip(modules, attributes):
+        made = copies[id(module)]
         # Past nn.Module.__setattr__, which is slow and refuses a tensor that is no leaf as a parameter.
-        state = copy.__dict__
+        state = made.__dict__
         state["_modules"] = {k: None if m is None else copies[id(m)] for k, m in module._modules.items()}
-        state["_parameters"] = _stand_ins(module._parameters, parameters)
-        state["_buffers"] = _stand_ins(module._buffers, buffers)
-        if original.needs_turning:
-            _turn_to_copy(module, copy, copies)
-    return copies[id(modules[0].module)]
+        state["_parameters"] = _stand_ins(module._parameters, tensors)
+        state["_buffers"] = _stand_ins(module._buffers, tensors)
+        if keys:
+            turn_attributes(module, made, keys, to_replica.of)
+        if "_flat_weights_names" in state:  # an RNN hands this list to its kernels
+            state["_flat_weights"] = [getattr(made, name, None) for name in state["_flat_weights_names"]]
+        if "forward" in state and "_orig_mod" in state["_modules"]:  # the result of torch.compile(module)
+            state["forward"] = state["_modules"]["_orig_mod"]
+        state.pop("_compiled_call_impl", None)  # left by module.compile()
+    return copies[id(modules[0])]
 
 
 def _stand_ins(originals: Mapping[str, Tensor | None], tensors: _Tensors) -> dict[str, Tensor | None]:
     return {key: None if t is None else tensors[id(t)] for key, t in originals.items()}
-
-
-class _Original:
-    """A module that is copied once for each replica, and what is found out about it once for all of them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._kind = type(module)
-        self._by_itself = self._kind._replicate_for_data_parallel is not _STOCK_COPY
-        state = module.__dict__
-        # What a module makes of itself has to be looked at in the copy.
-        self.needs_turning = self._by_itself or not _TURNED.isdisjoint(state) or _has_lists_of_modules(state)
-
-    def copy(self) -> nn.Module:
-        """Return ``module._replicate_for_data_parallel()``, with hooks of its own.
-
-        nn.Module's own is repeated here: the attributes that it sets one by one are replaced anyway, and
-        setting them takes most of the time of a replication.
-        """
-        if self._by_itself:
-            copy = cast(nn.Module, self.module._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
-        else:
-            copy = self._kind.__new__(self._kind)
-            object.__setattr__(copy, "__dict__", {**self.module.__dict__, "_is_replica": True})
-        state = copy.__dict__
-        for key in _HOOKS:
-            hooks = state[key]
-            state[key] = hooks.copy() if hooks else OrderedDict()
-        return copy
-
-
-def _has_lists_of_modules(state: Mapping[str, Any]) -> bool:
-    values = state.values()
-    if _SEQUENCES.isdisjoint(map(type, values)):
-        return False
-    return any(type(v) in _SEQUENCES and v and isinstance(v[0], nn.Module) for v in values)
-
-
-def _turn_to_copy(module: nn.Module, copy: nn.Module, copies: dict[int, nn.Module]) -> None:
-    """Turn to ``copy`` what it has taken over from ``module`` and would still work on ``module``."""
-    state = copy.__dict__
-    for key, value in state.items():
-        if type(value) in _SEQUENCES and value and isinstance(value[0], nn.Module):
-            state[key] = type(value)(copies.get(id(m), m) for m in value)
-    if "_flat_weights_names" in state:  # an RNN hands this list to its kernels
-        state["_flat_weights"] = [getattr(copy, name, None) for name in state["_flat_weights_names"]]
-    forward = state.get("forward")
-    if isinstance(forward, types.MethodType) and forward.__self__ is module:
-        state["forward"] = types.MethodType(forward.__func__, copy)
-    elif forward is not None and "_orig_mod" in copy._modules:  # the result of torch.compile(module)
-        state["forward"] = copy._modules["_orig_mod"]
-    state.pop("_compiled_call_impl", None)  # left by module.compile()

@@ -1,8 +1,8 @@
-"""Lasting threads that run the replicas of one forward after the other.
+"""Lasting threads that run the replicas.
 
-A fresh thread per replica and forward would start a new OpenMP team each time. So threads are kept, for the
-whole process, and lent out. A forward inside one of them borrows further ones: no call ever queues behind
-another, so none can wait for one that has not begun.
+A new thread per replica and forward would start a new OpenMP team each time. So the process keeps its threads
+and lends them out. A forward inside one of them borrows further threads. No call ever queues behind another
+one, so no call can wait for one that has not begun.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from syncbn_parallel._openmp import callers_team
-from syncbn_parallel._sequence import raise_sequence_number, sequence_number
+from syncbn_parallel._sequence_numbers import raise_sequence_number, sequence_number
 
 _SLICE = 0.5  # seconds
 
@@ -72,18 +71,15 @@ def run_all(
     calls: Sequence[Callable[[], Any]],
     share: int,
     on_interrupt: Callable[[BaseException], None],
-    *,
-    rest: bool = False,
 ) -> list[Job]:
-    """Make all calls at once, each on a worker thread of its own, and wait until the last has ended.
+    """Make all calls at once, each on its own worker thread, and wait until the last one has ended.
 
     Args:
         calls: what to run.
         share: the number of intra-op threads that each call may use.
         on_interrupt: called with an exception that reaches this thread while it waits
-            (``KeyboardInterrupt``). It is to make the calls end. Once they have, the exception is raised; a
-            second one is at once.
-        rest: whether this thread's OpenMP team is to sleep meanwhile.
+            (``KeyboardInterrupt``). It has to make the calls end. Then the exception is raised. A second
+            one is raised at once.
 
     Returns:
         The jobs, in the order of ``calls``. What a call has raised is in its job.
@@ -92,8 +88,6 @@ def run_all(
     jobs = [Job(call, unfinished) for call in calls]
     workers = _pool.borrow(len(jobs), share)
     try:
-        if rest:
-            callers_team.sleep()
         start = 0
         if torch.is_grad_enabled():
             start = max(sequence_number(), *(worker.sequence_number for worker in workers))
@@ -109,8 +103,6 @@ def run_all(
                 unfinished.end()
         unfinished.wait()
         raise
-    finally:
-        callers_team.wake()
     return jobs
 
 
@@ -149,7 +141,7 @@ class _Worker:
 class _Pool:
     """The workers that have nothing to do, by their number of intra-op threads.
 
-    A worker keeps the number that it was born with, because changing it tears down the thread's OpenMP team.
+    A worker keeps the number that it began with, because a change tears down the thread's OpenMP team.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,155 @@
+"""What a forward changes in place although replicas share it: parameters, plain tensors, the model's input.
+
+In the single model such a change happens once. Replicas on one device share their parameters and the tensors
+in plain attributes, so there it would happen once per replica; that is an error. Changes of the input are
+carried over to the caller's tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from syncbn_parallel._containers import parts_of
+from syncbn_parallel._module_tree import STANDARD_ATTRIBUTES, named_submodules
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# How many forwards each model has made, by whether it was in training.
+_forwards: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
+
+
+class SharedTensorChanges:
+    """Watches the parameters and plain tensors that several replicas share, from before they run until after.
+
+    torch counts the changes of a tensor, and the count costs nothing to look at. It leaves out changes
+    through ``.data``. So on the CPU the contents are compared as well, in the 1st, 2nd, 4th, 8th, ... forward
+    of a model, which costs next to nothing in the long run.
+
+    Args:
+        model: what runs the replicas.
+        replicas: the replicas.
+        devices: where they live.
+    """
+
+    def __init__(
+        self, model: nn.Module, replicas: Sequence[nn.Module], devices: Sequence[torch.device]
+    ) -> None:
+        self._sharers = {device: n for device in devices if (n := devices.count(device)) > 1}
+        shared: dict[int, tuple[str, Tensor]] = {}
+        for device in self._sharers:
+            shared.update(_shared_tensors(replicas[devices.index(device)]))
+        # A tensor of the inference mode has no version.
+        self._shared = [(n, t, t._version) for n, t in shared.values() if not t.is_inference()]
+        self._contents: list[int | None] | None = None
+        if self._shared and _is_time_to_compare(model, replicas[0].training):
+            self._contents = [_fingerprint(tensor) for _, tensor, _ in self._shared]
+
+    def refuse(self) -> None:
+        """Raise if one of the tensors has changed.
+
+        Raises:
+            RuntimeError: it has; the message names it.
+        """
+        for i, (name, tensor, version) in enumerate(self._shared):
+            changed = tensor._version != version
+            if not changed and self._contents is not None:
+                changed = self._contents[i] != _fingerprint(tensor)
+            if changed:
+                number = self._sharers.get(tensor.device, 1)
+                raise RuntimeError(
+                    "expected a forward that leaves parameters and plain tensors as they are, got "
+                    f"{name!r} changed in place: {number} replicas on {tensor.device} share it, so this "
+                    f"forward may have changed it {number} times, and it stays changed. Load its last good "
+                    "value. Then make the change before the model is called, compute a new tensor instead "
+                    "(torch.nn.utils.parametrize), or register it as a buffer: each replica has its own"
+                )
+
+
+def _shared_tensors(replica: nn.Module) -> Iterator[tuple[int, tuple[str, Tensor]]]:
+    """Yield the parameters of a replica and the tensors in plain attributes, by id and with their names."""
+    modules = named_submodules(replica)
+    buffers = {id(buffer) for _, module in modules for buffer in module._buffers.values()}
+    for name, module in modules:
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield id(parameter), (prefix + key, parameter)
+        state = module.__dict__
+        for key in state.keys() - STANDARD_ATTRIBUTES:
+            value = state[key]
+            if type(value) is Tensor and value.grad_fn is None and id(value) not in buffers:
+                yield id(value), (prefix + key, value)
+
+
+def _is_time_to_compare(model: nn.Module, training: bool) -> bool:
+    counts = _forwards.setdefault(model, {})
+    number = counts[training] = counts.get(training, 0) + 1
+    return number & (number - 1) == 0
+
+
+@torch.no_grad()
+def _fingerprint(tensor: Tensor) -> int | None:
+    """Return the sum of the contents as integers, which no NaN spoils; None where that takes a copy."""
+    kind = _INTEGERS.get(tensor.element_size())
+    if kind is None or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        return None
+    return int(tensor.detach().view(kind).sum())
+
+
+class InputChanges:
+    """Carries changes in place of the replicas' inputs over to the tensors that they are chunks of.
+
+    A module may begin with an operation in place, such as ``nn.ReLU(inplace=True)``. In the single model this
+    changes the caller's tensor. So it does here, where the chunks share its memory; but autograd does not
+    know, as the chunks are no views.
+
+    Args:
+        arguments: those of the model.
+        calls: those of the replicas.
+    """
+
+    def __init__(self, arguments: Any, calls: Sequence[Any]) -> None:
+        self._chunks: list[tuple[Tensor, list[Tensor], list[int]]] = []
+        columns = [list(_tensors(call)) for call in calls]
+        tensors = list(_tensors(arguments))
+        if {len(tensors)} != set(map(len, columns)):
+            return  # an override of `scatter` has done something else
+        for tensor, *chunks in zip(tensors, *columns):
+            if all(_is_unsafe_chunk(chunk, tensor) for chunk in chunks):
+                self._chunks.append((tensor, chunks, [chunk._version for chunk in chunks]))
+
+    def carry_over(self, dim: int) -> None:
+        """Make the caller's tensors and their gradients what they would be after the single model.
+
+        Args:
+            dim: the batch dimension.
+        """
+        for tensor, chunks, versions in self._chunks:
+            if [chunk._version for chunk in chunks] == versions:
+                continue
+            if tensor.requires_grad and torch.is_grad_enabled():
+                tensor.copy_(torch.cat(chunks, dim))  # the same numbers, with the history of the chunks
+            else:
+                torch.autograd.graph.increment_version(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for _, part in parts_of(value, "") or ():
+            yield from _tensors(part)
+
+
+def _is_unsafe_chunk(chunk: Tensor, tensor: Tensor) -> bool:
+    """Return whether ``chunk`` shares the memory of ``tensor`` without being a view of it."""
+    if chunk is tensor or chunk.device != tensor.device or chunk._base is not None or chunk.is_inference():
+        return False
+    if chunk.layout is not torch.strided or tensor.layout is not torch.strided:
+        return False
+    return bool(chunk.untyped_storage()._cdata == tensor.untyped_storage()._cdata)

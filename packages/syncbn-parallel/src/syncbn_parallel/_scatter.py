@@ -1,0 +1,197 @@
+"""Splitting the arguments of one call over replicas, on any devices and through nested containers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from syncbn_parallel._containers import has_rows, parts_of, rebuilt
+from syncbn_parallel._devices import moved
+
+# Types of objects of which a warning has told that they go whole to every replica.
+_warned: WeakSet[type] = WeakSet()
+
+# What is looked at of an object, to find tensors in it: so many levels, so many entries of a container.
+_LEVELS = 3
+_ENTRIES = 100
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """How the rows of one tensor are split; all chunks but the last one are of one size."""
+
+    rows: int
+    count: int
+    size: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows in {self.count} chunks of {self.size}" + (
+            f" (the last of {self.last})" if self.last != self.size else ""
+        )
+
+
+def scatter_kwargs(
+    inputs: tuple[Any, ...], kwargs: dict[str, Any] | None, devices: Sequence[torch.device], dim: int = 0
+) -> tuple[tuple[tuple[Any, ...], ...], tuple[dict[str, Any], ...]]:
+    """Split the arguments of one call into those of several.
+
+    Every tensor and every NumPy array is split along ``dim`` into at most ``len(devices)`` chunks, all of one
+    size except for a smaller last one, and the tensors move to their devices. This reaches into tuples,
+    lists, deques, named tuples, mappings and dataclasses, at any depth. Everything else goes to every replica
+    as it is; for an object that holds tensors, a warning says so, once per type.
+
+    A chunk shares the memory of its tensor where it stays on the device. It is not a view for autograd, so
+    a replica may change it in place.
+
+    Args:
+        inputs: positional arguments.
+        kwargs: keyword arguments.
+        devices: where the chunks go, in order.
+        dim: the batch dimension.
+
+    Returns:
+        The positional and the keyword arguments of each call. There are as many calls as chunks: fewer than
+        devices for a small batch, one for an empty one, as many as devices where no argument has a tensor.
+        There is none where there is no argument.
+
+    Raises:
+        ValueError: a tensor has no dimension ``dim``; or two tensors cannot be split side by side, because
+            they make different numbers of chunks, or the chunks of one are not all the same whole multiple of
+            those of the other. An empty tensor goes with any others.
+        TypeError: an argument is a ``PackedSequence``, or a container that cannot be built anew.
+    """
+    arguments = (tuple(inputs), dict(kwargs or {}))
+    if not any(arguments):
+        return (), ()
+    found = {
+        path: _chunks(tensor, len(devices), dim, path)
+        for value, name in zip(arguments, ("inputs", "kwargs"))
+        for path, tensor in _leaves(value, name)
+    }
+    count = _common_count(found, dim)
+    if count is None:
+        count = 1 if found else len(devices)
+    rows, kwrows = (
+        _split(value, devices[:count], dim, name) for value, name in zip(arguments, ("inputs", "kwargs"))
+    )
+    return tuple(rows), tuple(kwrows)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield every tensor and array with its path."""
+    if has_rows(value):
+        yield path, value
+        return
+    parts = parts_of(value, path)
+    if parts is None:
+        _warn_of_hidden_rows(value, path)
+        return
+    for part_path, part in parts:
+        yield from _leaves(part, part_path)
+
+
+def _chunks(tensor: Any, most: int, dim: int, path: str) -> _Chunks:
+    """Return how ``Tensor.chunk`` splits; an empty tensor makes 0 chunks, which stand for any number."""
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(
+            f"expected a tensor with a batch dimension {dim}, got one of shape {tuple(tensor.shape)} "
+            f"in {path}; pass a number, or make it a buffer of the module"
+        )
+    rows = tensor.shape[dim]
+    if rows == 0:
+        return _Chunks(0, 0, 0, 0)
+    size = -(-rows // most)
+    count = -(-rows // size)
+    return _Chunks(rows, count, size, rows - (count - 1) * size)
+
+
+def _common_count(found: Mapping[str, _Chunks], dim: int) -> int | None:
+    """Return how many chunks the tensors make; None if they are all empty, or there are none."""
+    filled = [chunks for chunks in found.values() if chunks.count]
+    if not filled:
+        return None
+    first = filled[0]
+    if all(_side_by_side(chunks, first) for chunks in filled):
+        return first.count
+    raise ValueError(
+        f"expected tensors of one size along dim {dim}, or tensors that can be split side by side, got "
+        + ", ".join(f"{chunks} of {path}" for path, chunks in found.items() if chunks.count)
+        + "; a tensor that every replica needs whole belongs into a buffer of the module"
+    )
+
+
+def _side_by_side(one: _Chunks, other: _Chunks) -> bool:
+    """Return whether in all chunks a row of the one tensor goes with the same number of rows of the other."""
+    small, large = sorted((one, other), key=lambda chunks: chunks.size)
+    times = large.size // small.size
+    return (large.count, large.size, large.last) == (small.count, times * small.size, times * small.last)
+
+
+def _split(value: Any, devices: Sequence[torch.device], dim: int, path: str) -> list[Any]:
+    """Return the part of ``value`` for each device."""
+    if isinstance(value, Tensor):
+        return _split_tensor(value, devices, dim)
+    if has_rows(value):
+        size = -(-value.shape[dim] // len(devices))
+        before = (slice(None),) * (dim % value.ndim)
+        return [value[(*before, slice(i * size, (i + 1) * size))] for i in range(len(devices))]
+    parts = parts_of(value, path)
+    # A list or dict of anything is one of the replica's own, which its forward may change.
+    if parts and (type(value) in (tuple, list, dict) or any(True for _ in _leaves(value, path))):
+        rows = zip(*(_split(part, devices, dim, part_path) for part_path, part in parts))
+        return [rebuilt(value, row, path) for row in rows]
+    return [value] * len(devices)
+
+
+def _split_tensor(tensor: Tensor, devices: Sequence[torch.device], dim: int) -> list[Tensor]:
+    if len(devices) == 1:
+        return [moved(tensor, devices[0])]
+    # A leaf cannot take the gradient of a change in place: its chunks are copies.
+    if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled() and tensor.device in devices:
+        tensor = tensor.clone()
+    # Unlike those of `chunk`, these are no views. Each may be changed in place, and its version, which the
+    # backward checks, is its own. `InputChanges` does the rest of what a view does.
+    chunks = tensor.unsafe_chunk(len(devices), dim)
+    return [moved(chunk, device) for chunk, device in zip(chunks, devices, strict=True)]
+
+
+def _warn_of_hidden_rows(value: Any, path: str) -> None:
+    kind = type(value)
+    if kind in _warned or isinstance(value, (nn.Module, type)) or not _hides_rows(value, _LEVELS):
+        return
+    _warned.add(kind)
+    warnings.warn(
+        f"expected arguments that can be split over replicas, got {path} of type {kind.__module__}."
+        f"{kind.__qualname__}, which holds tensors: every replica gets the whole object, with all rows. Pass "
+        "the tensors themselves, or a tuple, list, dict or dataclass of them",
+        stacklevel=2,
+    )
+
+
+def _hides_rows(value: Any, levels: int) -> bool:
+    """Return whether an object that is no container of ours holds a tensor with a dimension."""
+    if has_rows(value):
+        return bool(value.ndim)
+    if levels == 0 or isinstance(value, (nn.Module, type, str, bytes)):
+        return False
+    inside: Any = ()
+    if isinstance(value, Mapping):
+        inside = value.values()
+    elif isinstance(value, (Sequence, Set)):
+        inside = value
+    elif hasattr(value, "__dict__"):
+        inside = vars(value).values()
+    elif hasattr(type(value), "__slots__"):
+        inside = [getattr(value, name, None) for name in type(value).__slots__]
+    try:
+        return any(_hides_rows(item, levels - 1) for item in islice(inside, _ENTRIES))
+    except Exception:  # what cannot be looked into is not known to hold any
+        return False
