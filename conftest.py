@@ -1,0 +1,44 @@
+"""What all test-suites of this repository share: how a large matrix of parameters is thinned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+
+import pytest
+
+Pair = tuple[tuple[str, int], ...]  # one parameter's value alone where a test has a single parameter
+
+
+def pairwise_cover(cases: Sequence[dict[str, int]]) -> set[int]:
+    """Choose cases such that any two values of two parameters that occur together do so in a chosen case.
+
+    Args:
+        cases: for each case, the index of each parameter's value, by the parameter's name.
+
+    Returns:
+        The positions of the chosen cases, found greedily: few, not the fewest.
+    """
+    pairs: list[set[Pair]] = [set(combinations(sorted(case.items()), min(2, len(case)))) for case in cases]
+    missing: set[Pair] = set().union(*pairs)
+    chosen = set()
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` deselects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of each ``pairwise`` test that are not needed to cover all pairs as ``full``."""
+    tests: defaultdict[str, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        chosen = pairwise_cover([case.callspec.indices for case in cases])
+        for position, case in enumerate(cases):
+            if position not in chosen:
+                case.add_marker("full")
