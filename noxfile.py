@@ -246,6 +246,7 @@ def typecheck(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/, with warnings as errors and without a network."""
     session.install(*DOCS_TOOLS, *PINNED)
+    session.env["NO_MKDOCS_2_WARNING"] = "1"  # advertising for what comes after
     session.run("mkdocs", "build", "--strict", "--clean", *session.posargs)
 
 
