@@ -1,4 +1,4 @@
-"""MkDocs: the charts of the benchmarks become part of the site; in the repository they stay where they are."""
+"""MkDocs: the benchmarks' charts become part of the site; in the repository they stay where they are."""
 
 from pathlib import Path
 
