@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def pairwise_cover(cases: Sequence[dict[str, int]]) -> set[int]:
     """Choose cases such that any two values of two parameters that occur together do so in a chosen case.
 
     Args:
-        cases: for each case, the index of each parameter's value, by the parameter's name.
+        cases: for each case, a number for each parameter's value, by the parameter's name.
 
     Returns:
         The positions of the chosen cases, found greedily: few, not the fewest.
@@ -33,12 +34,14 @@ def pairwise_cover(cases: Sequence[dict[str, int]]) -> set[int]:
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases of each ``pairwise`` test that are not needed to cover all pairs as ``full``."""
-    tests: defaultdict[str, list[pytest.Function]] = defaultdict(list)
+    tests: defaultdict[str, list[Any]] = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+        if hasattr(item, "callspec") and item.get_closest_marker("pairwise"):
             tests[item.nodeid.partition("[")[0]].append(item)
     for cases in tests.values():
-        chosen = pairwise_cover([case.callspec.indices for case in cases])
+        # The values of a parameter are the same objects in all cases.
+        values = [{name: id(value) for name, value in case.callspec.params.items()} for case in cases]
+        chosen = pairwise_cover(values)
         for position, case in enumerate(cases):
             if position not in chosen:
                 case.add_marker("full")

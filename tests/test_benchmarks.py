@@ -69,3 +69,17 @@ def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_pla
     for _, variant, _, vectors, *_ in rows:
         beyond = int(vectors) - (batch if variant.endswith(" synchronized") else 0)
         assert (0 <= beyond < 50) == ("plain" not in variant)
+
+
+def test_a_chart_is_drawn_anew_from_its_table(folder_of, tmp_path):
+    table = tmp_path / "layer.md"
+    table.write_text((folder_of("layer") / "layer.md").read_text())
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "report.py"), str(table)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
