@@ -80,4 +80,4 @@ def test_the_sessions_together_run_each_case_once(tmp_path):
     short, rest = selected
     assert len(short | rest) == 32
     assert not short & rest
-    assert 16 <= len(short) <= 20
+    assert 8 <= len(short) <= 12
