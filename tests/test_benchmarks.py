@@ -43,7 +43,9 @@ def folder_of(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["layer", "rounds", "model", "replication"])
+@pytest.mark.parametrize(
+    "name", ["layer", *(pytest.param(n, marks=pytest.mark.full) for n in ("rounds", "model", "replication"))]
+)
 def test_every_variant_is_timed_in_blocks_and_in_turns_under_every_setting(name, folder_of):
     tables = tables_of((folder_of(name) / f"{name}.md").read_text())
     conditions = {}

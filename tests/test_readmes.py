@@ -55,7 +55,11 @@ def test_the_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, mon
 
 
 PROGRAMS = [
-    pytest.param(program, id=f"{name_of(page)}: {title}")
+    pytest.param(
+        program,
+        id=f"{name_of(page)}: {title}",
+        marks=[] if page.name == "README.md" else [pytest.mark.full],
+    )
     for page in PAGES
     for title, program in PROGRAM.findall(page.read_text(encoding="utf-8"))
 ]
