@@ -1,6 +1,6 @@
-"""A time limit for every test: a test that hangs ends the run, and shows what all threads are doing.
+"""What all test suites of this repository share: a time limit for every test, and how large matrices are thinned.
 
-pytest can do this from version 9 on (``faulthandler_exit_on_timeout``). The GPU tests use the pytest of their
+A test that hangs ends the run, and shows what all threads are doing. pytest can do this from version 9 on (``faulthandler_exit_on_timeout``). The GPU tests use the pytest of their
 machine, which may be older.
 """
 
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import faulthandler
 import os
-from collections.abc import Generator
+from collections import defaultdict
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
 
 import pytest
 
@@ -56,3 +59,41 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     with time_limit(item):
         return (yield)
+
+
+Pair = tuple[tuple[str, int], ...]  # one parameter's value alone where a test has a single parameter
+
+
+def pairwise_cover(cases: Sequence[dict[str, int]]) -> set[int]:
+    """Choose cases such that any two values of two parameters that occur together do so in a chosen case.
+
+    Args:
+        cases: for each case, a number for each parameter's value, by the parameter's name.
+
+    Returns:
+        The positions of the chosen cases, found greedily: few, not the fewest.
+    """
+    pairs: list[set[Pair]] = [set(combinations(sorted(case.items()), min(2, len(case)))) for case in cases]
+    missing: set[Pair] = set().union(*pairs)
+    chosen = set()
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` deselects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of each ``pairwise`` test that are not needed to cover all pairs as ``full``."""
+    tests: defaultdict[str, list[Any]] = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and item.get_closest_marker("pairwise"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        # The values of a parameter are the same objects in all cases.
+        values = [{name: id(value) for name, value in case.callspec.params.items()} for case in cases]
+        chosen = pairwise_cover(values)
+        for position, case in enumerate(cases):
+            if position not in chosen:
+                case.add_marker("full")

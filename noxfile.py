@@ -27,9 +27,16 @@ LAYERS = {  # each package after the layers below it
     "parallel": ("comm", "parallel"),
     "convert": ("comm", "core", "parallel", "convert"),
 }
-ALL_TESTS = (*(f"packages/syncbn-{package}/tests" for package in LAYERS), "tests")
+PACKAGE_TESTS = tuple(f"packages/syncbn-{package}/tests" for package in LAYERS)
+ALL_TESTS = (*PACKAGE_TESTS, "tests")
 TEST_TOOLS = ("pytest", "hypothesis", "ninja")  # ninja builds the simulated accelerator
 DEMO_TOOLS = ("scikit-learn", "tqdm", "matplotlib")
+DOCS_TOOLS = ("mkdocs", "mkdocs-material", "mkdocstrings[python]")
+# What a newer release of the libraries brings; not pinned to what the other sessions test.
+NEWEST = ("torch==2.14.1", "torchvision==0.29.1", "timm")
+
+SHORT = "not soak and not full"
+FULL = "full and not soak"
 
 wheels: dict[str, str] = {}  # filled once per run of nox, by the session that first needs them
 
@@ -38,6 +45,7 @@ def build_wheels(session: nox.Session) -> None:
     """Build the source distribution of every package, and its wheel from that."""
     if wheels:
         return
+    session.log("building the four packages ...")
     session.install("build", "hatchling", *PINNED)
     shutil.rmtree(DIST, ignore_errors=True)
     for package in LAYERS:
@@ -68,20 +76,38 @@ def show_absent(session: nox.Session, *modules: str) -> None:
     session.run("python", "-c", look, *modules)
 
 
-def run_pytest(session: nox.Session, *targets: str) -> None:
+def install_torch(session: nox.Session, *tools: str) -> None:
+    """Install torch and tools; say so before, since it may take minutes without a word."""
+    session.log("installing torch: minutes, and possibly gigabytes, the first time (see CONTRIBUTING.md)")
+    session.install(*tools, "torch", *PINNED)
+
+
+def run_pytest(session: nox.Session, *targets: str, marks: str = "not soak") -> None:
     """Run tests, and the examples in the docstrings of the targets that are packages."""
-    options = ("-m", "not soak", "--doctest-modules", "--pyargs")
-    session.run("python", "-m", "pytest", *options, *targets, *session.posargs)
+    no_tests_collected = 5  # a package may have none with these marks
+    session.run(
+        *("python", "-m", "pytest", "-m", marks, "--doctest-modules", "--pyargs"),
+        *targets,
+        *session.posargs,
+        success_codes=[0] if marks == SHORT else [0, no_tests_collected],
+    )
 
 
-def run_alone(session: nox.Session, package: str) -> None:
+def run_alone(session: nox.Session, package: str, marks: str) -> None:
     """Run one package's tests on nothing but the layers below it."""
     install_only(session, LAYERS[package])
-    run_pytest(session, f"packages/syncbn-{package}/tests", f"syncbn_{package}")
+    run_pytest(session, f"packages/syncbn-{package}/tests", f"syncbn_{package}", marks=marks)
 
 
-def run_together(session: nox.Session, versions: Iterable[str] = PINNED) -> None:
-    """Run every package's tests in one process, and those that need all packages."""
+def public_surface() -> list[str]:
+    """Find the tests of what each package shows: its names, its README, its types."""
+    names = ("test_exports.py", "test_readme.py", "test_typing.py")
+    paths = (f"{folder}/{name}" for folder in PACKAGE_TESTS for name in names)
+    return [path for path in paths if (ROOT / path).exists()]
+
+
+def run_everything_together(session: nox.Session, versions: Iterable[str]) -> None:
+    """Run all tests of all packages in one process, on other versions than the pinned ones."""
     install_only(session, LAYERS, versions)
     run_pytest(session, *ALL_TESTS)
 
@@ -93,16 +119,27 @@ def run_together(session: nox.Session, versions: Iterable[str] = PINNED) -> None
     + [nox.param(None, "torch", id="torch")],
 )
 def tests(session: nox.Session, suite: str) -> None:
-    """Test each package alone, on its wheel and those of the layers below it, then all four together."""
+    """Test each package alone, on its wheel and those of the layers below it, then what needs all four."""
     if suite == "comm":
         session.install(*TEST_TOOLS, *PINNED)
         show_absent(session, "torch")
-        run_alone(session, "comm")
+        run_alone(session, "comm", SHORT)
         return
-    session.install(*TEST_TOOLS, *DEMO_TOOLS, "numpy", "torch", *PINNED)
+    install_torch(session, *TEST_TOOLS, *DEMO_TOOLS, "numpy")
     for package in ("core", "parallel", "convert"):
-        run_alone(session, package)
-    run_together(session)
+        run_alone(session, package, SHORT)
+    install_only(session, LAYERS)
+    run_pytest(session, "tests", *public_surface(), marks=SHORT)
+
+
+@nox.session
+def tests_full(session: nox.Session) -> None:
+    """Run the tests that `tests` leaves out: the rest of large matrices."""
+    install_torch(session, *TEST_TOOLS, *DEMO_TOOLS, "numpy")
+    for package in LAYERS:
+        run_alone(session, package, FULL)
+    install_only(session, LAYERS)
+    run_pytest(session, "tests", marks=FULL)
 
 
 @nox.session(venv_backend="none")
@@ -140,16 +177,21 @@ def python_with_cuda() -> str | None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train on handwritten digits: whole batch, replicas that are synchronized, replicas that are not."""
-    session.install(*DEMO_TOOLS, "torch", *PINNED)
+    """Segment handwritten digits: whole batch, replicas that are synchronized, replicas that are not."""
+    install_torch(session, *DEMO_TOOLS)
     install_only(session, LAYERS)
-    session.run("python", "examples/digits.py", *session.posargs)
+    printed = Path(session.create_tmp()) / "digits.txt"
+    with printed.open("w") as file:  # the progress bar goes to the terminal
+        session.run("python", "examples/digits.py", *session.posargs, stdout=file, stderr=None)
+    print(printed.read_text())
+    if not session.posargs:
+        session.run("python", "tests/compare_figures.py", "README.md", str(printed))
 
 
 @nox.session
 def demo_distributed(session: nox.Session) -> None:
-    """Train on handwritten digits in two processes, with and without replicas in each of them."""
-    session.install(*DEMO_TOOLS, "torch", *PINNED)
+    """Segment handwritten digits in two processes, with and without replicas in each of them."""
+    install_torch(session, *DEMO_TOOLS)
     install_only(session, LAYERS)
     session.run("torchrun", "--nproc-per-node", "2", "examples/digits_ddp.py", *session.posargs)
 
@@ -157,7 +199,7 @@ def demo_distributed(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure layer, rounds, model and replication beside what they have to be compared with."""
-    session.install("matplotlib", "numpy", "torch", *PINNED)
+    install_torch(session, "matplotlib", "numpy")
     install_only(session, LAYERS)
     del session.env["OMP_WAIT_POLICY"]  # threads wait as they do at the user's
     for program in ("layer", "rounds", "model", "replication"):
@@ -167,7 +209,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def bench_processes(session: nox.Session) -> None:
     """Measure one layer over 1, 2, 4 and 8 processes beside what else one could do."""
-    session.install("matplotlib", "numpy", "torch", *PINNED)
+    install_torch(session, "matplotlib", "numpy")
     install_only(session, ["comm", "core"])
     session.run("python", "benchmarks/processes.py", *session.posargs)
 
@@ -175,7 +217,7 @@ def bench_processes(session: nox.Session) -> None:
 @nox.session
 def ecosystem(session: nox.Session) -> None:
     """Test models and tools of other libraries, and renew the tables in docs/ecosystem.md."""
-    session.install(*TEST_TOOLS, "numpy", "torch", "-r", "tests/ecosystem/requirements.txt", *PINNED)
+    install_torch(session, *TEST_TOOLS, "numpy", "-r", "tests/ecosystem/requirements.txt")
     install_only(session, LAYERS)
     # A selection of the tests would leave a selection of the rows.
     tables = () if session.posargs else ("--tables", "docs/ecosystem.md")
@@ -193,7 +235,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the types of every package, and of a program that calls it as installed."""
-    session.install("mypy", "torch", *PINNED)
+    install_torch(session, "mypy")
     install_only(session, LAYERS)
     for package in LAYERS:
         session.run("mypy", f"packages/syncbn-{package}/src")
@@ -201,19 +243,60 @@ def typecheck(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/, with warnings as errors and without a network."""
+    session.install(*DOCS_TOOLS, *PINNED)
+    session.env["NO_MKDOCS_2_WARNING"] = "1"  # advertising for what comes after
+    session.run("mkdocs", "build", "--strict", "--clean", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build source distributions and wheels of all packages into dist/."""
     build_wheels(session)
+    for path in sorted(DIST.iterdir()):
+        session.log(str(path.relative_to(ROOT)))
+
+
+@nox.session
+def install(session: nox.Session) -> None:
+    """Install the packages as users do, by their names, into empty environments beside torch."""
+    install_torch(session, "pytest")
+    build_wheels(session)
+    # Without the fixtures of the other tests, which import the packages.
+    session.run("python", "-m", "pytest", "--confcutdir=tests/install", "tests/install", *session.posargs)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Check that versions, changelogs, tags and ranges agree; build; check what would be uploaded.
+
+    What follows ``--`` names the packages to release: docs/releasing.md.
+    """
+    session.install("packaging", "twine", *PINNED)
+    session.run("python", "tests/check_release.py", *session.posargs)
+    build_wheels(session)
+    session.run("twine", "check", "--strict", *(str(path) for path in sorted(DIST.iterdir())))
 
 
 @nox.session(python="3.11")
 def minimums(session: nox.Session) -> None:
-    """Test all packages on the lowest versions that they support."""
+    """Run all tests on the lowest versions that are supported; installs some 5 GB."""
     # The wheels of this torch import only beside the CUDA libraries they were built for: 5 GB.
     lowest = ("torch==2.4.0", "numpy==1.26.4")
     session.install(*TEST_TOOLS, *DEMO_TOOLS, *lowest)
     session.env["PYTEST_ADDOPTS"] = "-W default::FutureWarning"  # it warns of itself
-    run_together(session, lowest)
+    run_everything_together(session, lowest)
+
+
+@nox.session(python=["3.11", "3.13"])
+def newest(session: nox.Session) -> None:
+    """Run all tests on the newest torch, and models of torchvision and timm; installs some 5 GB."""
+    session.install(*TEST_TOOLS, *DEMO_TOOLS, "numpy", *NEWEST)
+    run_everything_together(session, NEWEST)
+    # A selection of the tests would leave a selection of the rows.
+    tables = () if session.posargs else ("--tables", "docs/ecosystem.md")
+    session.run("python", "-m", "pytest", "-s", *tables, "tests/ecosystem/test_newest.py", *session.posargs)
 
 
 @nox.session

@@ -1,17 +1,24 @@
-"""What becomes of the timings: verdicts on targets, tables in Markdown, a chart."""
+"""What becomes of the timings: verdicts on targets, tables in Markdown, a chart.
+
+``python benchmarks/report.py benchmarks/results/*.md`` draws the charts anew from the tables.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain, product
+from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from side_by_side import ORDERS, SETTINGS, Row, seconds_of_others
 
@@ -90,9 +97,7 @@ def save(name: str, options: argparse.Namespace, sections: Mapping[str, str], ro
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.md").write_text(text)
-    _chart([row for row in rows if (row.setting, row.order) == ("pinned", "blocks")]).savefig(
-        options.output / f"{name}.png", dpi=120
-    )
+    _save_chart(rows, options.output / f"{name}.png")
 
 
 def _share_of_others(options: argparse.Namespace) -> float:
@@ -100,25 +105,111 @@ def _share_of_others(options: argparse.Namespace) -> float:
     return (seconds_of_others() - before) / ((time.monotonic() - start) * (os.cpu_count() or 1))
 
 
-def _chart(rows: Sequence[Row]) -> Figure:
-    """Mark each variant's time as a multiple of the first variant's, with its quartiles, by case."""
+@dataclass
+class Panel:
+    """One question of a chart: how the times of some cases compare."""
+
+    title: str
+    cases: dict[str, str]  # the label of each case
+    variants: list[str]
+
+
+def panels_of(rows: Sequence[Row]) -> list[Panel]:
+    """Choose what a reader can take in: one panel per layout, in float32 and for the fewest replicas.
+
+    The tables have the rest. Cases without layouts come in one panel.
+    """
     cases = list(dict.fromkeys(row.case for row in rows))
     variants = list(dict.fromkeys(row.variant for row in rows))[1:]
-    figure = Figure(figsize=(9, 1.5 + 0.1 * len(cases) * (len(variants) + 2)), layout="constrained")
-    axes = figure.subplots()
-    for i, variant in enumerate(variants):
-        own = [row for row in rows if row.variant == variant]
+    if any(variant.startswith("2 ") for variant in variants):
+        variants = [variant for variant in variants if not variant.startswith("4 ")]
+    layouts = ("contiguous", "channels_last")
+    panels = []
+    for layout in layouts:
+        ending = f" {layout} float32"
+        of_layout = {case: case.removesuffix(ending) for case in cases if case.endswith(ending)}
+        if of_layout:
+            panels.append(Panel(f"{layout}, float32", of_layout, variants))
+    return panels or [Panel("", {case: case.replace(", ", "\n", 1) for case in cases}, variants)]
+
+
+def _chart(rows: Sequence[Row]) -> Figure:
+    """Draw each variant's time as a multiple of the first variant's, with its quartiles."""
+    panels = panels_of(rows)
+    bars = max(len(panel.cases) * (len(panel.variants) + 1) for panel in panels)
+    figure = Figure(figsize=(9, 1.3 + 0.21 * bars), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(grid, panels):
+        _draw(axes, panel, rows)
+    names, handles = panels[0].variants, grid[0].containers
+    bars_alone = [handle for handle in handles if isinstance(handle, BarContainer)]
+    figure.legend(bars_alone, names, loc="outside upper left", ncols=len(names), frameon=False)
+    figure.supxlabel(f"time of a step / time of {rows[0].variant}; less is better", fontsize=10)
+    return figure
+
+
+def _draw(axes: Any, panel: Panel, rows: Sequence[Row]) -> None:
+    height = 1 / (len(panel.variants) + 1)
+    for i, variant in enumerate(panel.variants):
+        own = [row for row in rows if row.variant == variant and row.case in panel.cases]
         unit = [baseline_of(row, rows).median for row in own]
         ratio = [row.median / one for row, one in zip(own, unit)]
         low = [(row.median - row.quartiles[0]) / one for row, one in zip(own, unit)]
         high = [(row.quartiles[1] - row.median) / one for row, one in zip(own, unit)]
-        places = [cases.index(row.case) + (i + 1.5) / (len(variants) + 2) - 0.5 for row in own]
-        axes.errorbar(ratio, places, xerr=[low, high], fmt="o", ms=4, lw=1, label=variant)
-    axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.set_yticks([place + 0.5 for place in range(len(cases) - 1)], minor=True)
-    axes.grid(which="minor", axis="y", lw=0.5)
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set(xscale="log", xlabel=f"time / time of {rows[0].variant} (medians, quartiles; pinned, blocks)")
+        places = [
+            list(panel.cases).index(row.case) + (i + 0.5 - len(panel.variants) / 2) * height for row in own
+        ]
+        color = _COLORS["synchronized"] if variant.endswith(" synchronized") else _COLORS.get(variant)
+        color = color or _OTHERS[i % len(_OTHERS)]
+        axes.barh(places, ratio, height=0.9 * height, color=color, xerr=[low, high], error_kw=_ERRORS)
+        for place, value, above in zip(places, ratio, high):
+            axes.annotate(
+                f"{value:.2f}",
+                (value + above, place),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                size=8,
+            )
+    axes.set_yticks(range(len(panel.cases)), panel.cases.values(), fontsize=9)
+    axes.set_ylim(len(panel.cases) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.set_title(panel.title, fontsize=10)
     axes.axvline(1, color="black", lw=0.8)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+_COLORS = {"synchronized": "tab:blue"}
+_OTHERS = ("0.75", "0.55", "tab:olive", "tab:brown")
+_ERRORS = {"elinewidth": 0.8, "ecolor": "0.3"}
+
+
+def rows_in(text: str) -> list[Row]:
+    """Read the timings back from a table that `save` has written."""
+
+    def seconds(shown: str) -> float:
+        return float(shown.replace(",", "")) / 1e6
+
+    rows = []
+    for line in text.partition("## Timings")[2].splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) == 8 and cells[0] not in ("case", "---"):
+            case, variant, setting, order, median, spread, _, faults = cells
+            low, high = map(seconds, spread.split(" to "))
+            rows.append(Row(case, variant, order, seconds(median), (low, high), float(faults), setting))
+    return rows
+
+
+def redraw(path: Path) -> None:
+    """Draw the chart beside a table anew."""
+    rows = rows_in(path.read_text(encoding="utf-8"))
+    _save_chart(rows, path.with_suffix(".png"))
+
+
+def _save_chart(rows: Sequence[Row], path: Path) -> None:
+    _chart([row for row in rows if (row.setting, row.order) == ("pinned", "blocks")]).savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        redraw(Path(name))

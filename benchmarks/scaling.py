@@ -1,10 +1,11 @@
-"""A model, not a measurement: what synchronizing ResNet-50's 53 layers costs a step, by processes.
+"""A model, not a measurement: what synchronizing the 53 layers of ResNet-50 costs a step, by processes.
 
 A message of n bytes takes ``latency + n / bandwidth`` from one process to the next. Each layer has two
-collectives, as syncbn-core makes them: 2C + 1 float64 numbers in the forward and 2C in the backward. Up to 8
-processes both are gathers in a ring, of P - 1 messages. Beyond that both are reductions: in a tree of
-2 log2(P) messages of n bytes (as NCCL does it for so few), or in a ring of 2(P - 1) messages of n / P bytes
-(as gloo does it). The time that processes wait for slower ones is left out.
+collectives, as in syncbn-core: one of 2C + 1 float64 numbers in the forward, one of 2C in the backward. Up
+to 8 processes both are gathers in a ring, of P - 1 messages each. Beyond that both are reductions: in a
+tree of 2 log2(P) messages of n bytes (as NCCL reduces so few numbers), or in a ring of 2(P - 1) messages of
+n / P bytes (as gloo does). The model leaves out the time that processes wait for one another because they
+are not equally fast.
 """
 
 import argparse
@@ -37,9 +38,9 @@ def step_seconds(processes: int, tree: bool, latency: float, bandwidth: float) -
     if processes == 1:
         return 0.0, 0.0
     reduce_seconds = tree_seconds if tree else ring_seconds
-    collective_seconds = gather_seconds if processes <= GATHER_UP_TO else reduce_seconds
-    forward = [collective_seconds(processes, FLOAT64 * (2 * c + 1), latency, bandwidth) for c in CHANNELS]
-    backward = [collective_seconds(processes, FLOAT64 * 2 * c, latency, bandwidth) for c in CHANNELS]
+    seconds = gather_seconds if processes <= GATHER_UP_TO else reduce_seconds
+    forward = [seconds(processes, FLOAT64 * (2 * c + 1), latency, bandwidth) for c in CHANNELS]
+    backward = [seconds(processes, FLOAT64 * 2 * c, latency, bandwidth) for c in CHANNELS]
     return sum(forward), sum(backward)
 
 
@@ -50,14 +51,12 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=10e9, help="bytes per second")
     parser.add_argument("--ring", action="store_true", help="reduce in a ring, as gloo does")
     arguments = parser.parse_args()
-    print("| processes that synchronize | forward, ms | backward, ms | received by each in the forward, MB |")
-    print("|---|---|---|---|")
+    print("| processes that synchronize | forward, ms | backward, ms |")
+    print("|---|---|---|")
     for processes in (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096):
         parts = step_seconds(processes, not arguments.ring, arguments.latency, arguments.bandwidth)
-        copies = processes - 1 if processes <= GATHER_UP_TO else 2
-        received = copies * FLOAT64 * sum(2 * c + 1 for c in CHANNELS)
         cells = " | ".join(f"{1e3 * part:,.1f}" for part in parts)
-        print(f"| {processes} | {cells} | {received / 1e6:,.1f} |")
+        print(f"| {processes} | {cells} |")
 
 
 if __name__ == "__main__":

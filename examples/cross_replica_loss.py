@@ -1,5 +1,7 @@
 """Two losses that need all replicas, built on nothing but syncbn-comm and a replication callback.
 
+Needs: torch, syncbn-comm and syncbn-parallel, and nothing else.
+
 - A focal loss is divided by the number of positives. Of the positives in the *whole* batch: the examples of a
   replica that has none of them, or few, would otherwise count for too much.
 - A contrastive loss compares every embedding with those of the *whole* batch. With a few samples per replica

@@ -1,19 +1,26 @@
-"""Lightning's layer-sync plugin: DDP over two processes whose batch norm sees both halves of every batch.
+"""Lightning, which wraps the model in DistributedDataParallel: a layer-sync plugin converts the model before.
 
-Needs pytorch-lightning. The model ends where it ends when one process trains it on the whole batches.
+Needs: ``pip install pytorch-lightning`` beside torch and syncbn-convert.
+
+The batch norm of two processes sees both halves of each batch, and the model ends where one process ends
+that trains on the whole batches. Without the plugin, ``Classifier(convert_model(net))`` does the same.
 """
 
 import copy
 import logging
 import warnings
 
-import pytorch_lightning
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.plugins.layer_sync import LayerSync
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+try:
+    import pytorch_lightning
+    from pytorch_lightning.plugins.layer_sync import LayerSync
+    from pytorch_lightning.strategies import DDPStrategy
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error.name} is missing: pip install pytorch-lightning") from error
 
 from syncbn_convert import convert_model, revert_model
 

@@ -1,5 +1,7 @@
 """Three ways in which replicas fail, and what a user sees: at once, an error that says who, where and why.
 
+Needs: torch, syncbn-convert and syncbn-parallel, and nothing else.
+
 In each case one of four replicas gets black images and, because of them, does something else than the others.
 Those wait for it in a batch normalization, and without help they would wait for ever.
 """

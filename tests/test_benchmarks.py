@@ -43,7 +43,9 @@ def folder_of(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["layer", "rounds", "model", "replication"])
+@pytest.mark.parametrize(
+    "name", ["layer", *(pytest.param(n, marks=pytest.mark.full) for n in ("rounds", "model", "replication"))]
+)
 def test_every_variant_is_timed_in_blocks_and_in_turns_under_every_setting(name, folder_of):
     tables = tables_of((folder_of(name) / f"{name}.md").read_text())
     conditions = {}
@@ -69,3 +71,17 @@ def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_pla
     for _, variant, _, vectors, *_ in rows:
         beyond = int(vectors) - (batch if variant.endswith(" synchronized") else 0)
         assert (0 <= beyond < 50) == ("plain" not in variant)
+
+
+def test_a_chart_is_drawn_anew_from_its_table(folder_of, tmp_path):
+    table = tmp_path / "layer.md"
+    table.write_text((folder_of("layer") / "layer.md").read_text())
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "report.py"), str(table)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

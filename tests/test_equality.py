@@ -28,6 +28,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -27,10 +27,36 @@ def test_the_synchronized_run_on_digits_follows_the_whole_batch_and_the_other_do
         pytest.importorskip(package)
     output = run("digits.py", "--epochs", "1", "--output", str(tmp_path / "digits.png"))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if "|" in line]
-    distances = {row[0]: (float(row[2]), float(row[3])) for row in rows[2:]}
+    distances = {row[0]: (float(row[3]), float(row[4])) for row in rows[2:]}
     assert max(distances["synchronized"]) < 1e-9
     assert min(distances["unsynchronized"]) > 1e-2
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_says_what_it_needs_and_stands_in_the_table_of_examples(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith("Needs: ") for line in lines[:4])
+    assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        *(("digits.py", "sklearn.datasets"), ("digits.py", "tqdm"), ("digits_ddp.py", "matplotlib.figure")),
+        *(("lightning_layer_sync.py", "pytorch_lightning"), ("accelerate_ddp.py", "accelerate")),
+        ("transformers_trainer.py", "transformers"),
+    ],
+)
+def test_an_example_without_what_it_needs_names_what_to_install(name, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    monkeypatch.delitem(sys.modules, "digits", raising=False)
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as Python does for a program
+
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    assert str(error.value).startswith(f"{module} is missing: pip install ")
 
 
 def test_every_failure_is_shown_with_its_cause_and_then_training_goes_on():

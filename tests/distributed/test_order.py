@@ -13,7 +13,7 @@ from syncbn_convert import convert_model
 from syncbn_parallel import DataParallelWithCallback
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-REPETITIONS = 200
+FEW, MANY = 40, 200  # repetitions
 
 
 class Branches(nn.Module):
@@ -38,7 +38,7 @@ class Branches(nn.Module):
         return sum(branch(stem) for branch in self.branches)
 
 
-def repeat_backward(world, replicas, ddp, repetitions=REPETITIONS):
+def repeat_backward(world, replicas, ddp, repetitions=MANY):
     torch.manual_seed(0)
     twin = Branches().double()
     model = Branches().double()
@@ -61,10 +61,15 @@ def repeat_backward(world, replicas, ddp, repetitions=REPETITIONS):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
-@pytest.mark.parametrize("ddp", [False, True], ids=["bare", "ddp"])
-@pytest.mark.parametrize("replicas", [1, 3])
-def test_backward_is_right_in_every_repetition(replicas, ddp, processes):
-    processes(2).run(repeat_backward, replicas, ddp)
+@pytest.mark.parametrize(
+    ("replicas", "ddp", "repetitions"),
+    [
+        *((1, True, FEW), (3, False, FEW)),
+        *(pytest.param(r, ddp, MANY, marks=pytest.mark.full) for r in (1, 3) for ddp in (False, True)),
+    ],
+)
+def test_backward_is_right_in_every_repetition(replicas, ddp, repetitions, processes):
+    processes(2).run(repeat_backward, replicas, ddp, repetitions)
 
 
 def repeat_backward_without_chains(world, replicas, ddp):

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 SKIPPED = 77
 
 
+@pytest.mark.full
 def test_digits_train_as_one_batch_across_two_network_namespaces():
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("network namespaces need root on Linux")

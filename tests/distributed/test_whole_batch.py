@@ -40,7 +40,6 @@ def train(world, replicas, sizes, fused):
         world.assert_equals_whole_batch(model, twin, whole, sizes, **EXACT)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize(
     ("replicas", "sizes"),
     [
@@ -48,8 +47,15 @@ def train(world, replicas, sizes, fused):
         *((1, [1, 5]), (2, [5, 3]), (3, [7, 4]), (3, [9, 2]), (2, [1, 4])),  # uneven, with fewer replicas
     ],
 )
+@pytest.mark.parametrize(
+    "fused", [True, pytest.param(False, marks=pytest.mark.full)], ids=["fused", "composite"]
+)
 def test_every_step_is_that_of_the_whole_batch(replicas, sizes, fused, processes):
     processes(len(sizes)).run(train, replicas, sizes, fused)
+
+
+def test_a_step_of_plain_operations_is_that_of_the_whole_batch(processes):
+    processes(2).run(train, 3, [7, 4], False)
 
 
 def train_under_ddp(world, replicas, options):
@@ -71,6 +77,7 @@ def train_under_ddp(world, replicas, options):
 MANY_BUCKETS = {"bucket_cap_mb": 1e-4}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, MANY_BUCKETS], ids=str)
 @pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (2, 2), (2, 3), (4, 1)])
 def test_ddp_around_replicas_has_the_gradients_of_the_whole_batch(world_size, replicas, options, processes):

@@ -1,11 +1,8 @@
 """What else touches batch norm, given converted layers: it works, or there is one thing to do first."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -24,7 +21,6 @@ from syncbn_parallel import DataParallelWithCallback
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-EXAMPLES = Path(__file__).parents[2] / "examples"
 Row = Callable[[str, str], None]
 
 
@@ -217,16 +213,4 @@ def test_a_lightning_module_trains_replicas_as_it_trains_the_whole_batch(row, or
         f"a LightningModule of pytorch-lightning {version('pytorch-lightning')} "
         "with a `DataParallelWithCallback` inside",
         "works: the weights of the whole batch",
-    )
-
-
-def test_the_layer_sync_plugin_of_the_example_trains_two_processes_as_one_batch(row):
-    program = EXAMPLES / "lightning_layer_sync.py"
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=200)
-
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 1e-9
-    row(
-        "Lightning's layer-sync plugin",
-        "works by an adapter of two methods: [the example](../examples/lightning_layer_sync.py)",
     )
