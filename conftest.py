@@ -1,7 +1,7 @@
-"""What all test suites of this repository share: a time limit for every test, and how large matrices are thinned.
+"""What all test suites of this repository share: a time limit, and how large matrices are thinned.
 
-A test that hangs ends the run, and shows what all threads are doing. pytest can do this from version 9 on (``faulthandler_exit_on_timeout``). The GPU tests use the pytest of their
-machine, which may be older.
+A test that hangs ends the run, and shows what all threads are doing. pytest can do this from version 9 on
+(``faulthandler_exit_on_timeout``). The GPU tests use the pytest of their machine, which may be older.
 """
 
 from __future__ import annotations

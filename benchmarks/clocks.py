@@ -58,7 +58,8 @@ class Clocks:
 
     def add(self, name: str, seconds: float) -> None:
         """Add a time that passed in this thread, while the others worked too or waited for it."""
-        alone = threading.current_thread() is threading.main_thread() or getattr(self._thread, "merges", False)
+        alone = threading.current_thread() is threading.main_thread()
+        alone = alone or getattr(self._thread, "merges", False)
         with self._lock:
             self.seconds[name] += seconds if alone else seconds / self._replicas
 
@@ -76,8 +77,7 @@ class Clocks:
                 finally:
                     self._thread.merges = False
 
-            clocked = self.on("merge", run)
-            return clocked
+            return self.on("merge", run)
 
         def clocked_exchange(self_: Any, message: Any, combine: Callable[..., Any], **keywords: Any) -> Any:
             return exchange(self_, message, merging(combine), **keywords)

@@ -109,11 +109,11 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         replica = current_replica()
         if replica is not None and replica.group is not group and replica.group.world_size > 1:
             raise RuntimeError(
-                f"expected replica {replica.rank} (of 0 to {replica.group.world_size - 1}) to call its own copy "
-                f"of {self._where()!r}, got a call of a layer that is not part of this replica, so it cannot "
-                "synchronize. Code reaches it past the replica: by a global variable, or an attribute of some "
-                "other object. Reach it by an attribute of the module (self.bn, self.layers[0]), or put the layer "
-                "into evaluation mode if it is not to be trained"
+                f"expected replica {replica.rank} (of 0 to {replica.group.world_size - 1}) to call its own "
+                f"copy of {self._where()!r}, got a call of a layer that is not part of this replica, so it "
+                "cannot synchronize. The code reaches the layer without the replica: by a global variable, or "
+                "an attribute of another object. Use an attribute of the module (self.bn, self.layers[0]), or "
+                "put the layer into evaluation mode if it is not to be trained"
             )
         return group is not None or are_several(self.process_group, self._where())
 
@@ -341,8 +341,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             tensor = tensors.get(name)
             if tensor is not None and tensor.dtype not in allowed:
                 raise RuntimeError(
-                    f"expected an input of the dtype of {name!r} at {self._where()!r} ({tensor.dtype}), or a "
-                    f"half type with parameters of torch.float32, got {input.dtype}: convert the input or the layer"
+                    f"expected an input of the dtype of {name!r} at {self._where()!r} ({tensor.dtype}), or "
+                    f"a half type with parameters of torch.float32, got {input.dtype}: convert the input or "
+                    "the layer"
                 )
 
     def _check_input_dim(self, input: Tensor) -> None:

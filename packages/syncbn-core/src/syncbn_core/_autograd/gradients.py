@@ -96,10 +96,10 @@ def refuse_inside_forward(is_running: Callable[[], bool], name: str) -> None:
     """
     if is_running():
         raise RuntimeError(
-            f"expected the backward of {name!r} after the forward of all replicas, got one inside of a replica's "
-            "forward (torch.autograd.grad or backward() in a module's forward): the gradient would need the loss "
-            "of the other replicas, which does not exist yet. Compute it outside of the replicated module, or "
-            "with the layer in evaluation mode"
+            f"expected the backward of {name!r} after the forward of all replicas, got one inside a "
+            "replica's forward (torch.autograd.grad or backward() in a module's forward): the gradient would "
+            "need the loss of the other replicas, which does not exist yet. Compute the gradient outside the "
+            "replicated module, or put the layer into evaluation mode"
         )
 
 

@@ -270,7 +270,6 @@ def _gradients(
     if reduced is None:
         return None, None, dxs
     sums = {home: reduced.sums}
-    given: dict[Any, InputGradient] = {}
     # The last one first: the caches hold what has been read just now.
     for i in reversed(range(len(batches))):
         x, whole = batches[i], wholes[i]

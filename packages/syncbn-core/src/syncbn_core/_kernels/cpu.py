@@ -142,7 +142,7 @@ def _is_far(mean: Tensor, m2: Tensor, count: int) -> bool:
 
 
 def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return mean and m2 from sums around the mean of the first sample; None where that is too far from the mean.
+    """Return mean and m2 from sums around the first sample's mean; None where that is too far from the mean.
 
     This is for inputs that do not fit into a cache. From a cache, a second pass costs little.
     """

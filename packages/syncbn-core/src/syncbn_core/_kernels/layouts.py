@@ -16,6 +16,7 @@ def is_dense(x: Tensor) -> bool:
 def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
     """Return ``dy`` with the strides of ``x``: itself, or a copy.
 
-    The kernels of accelerators read both tensors by one layout. Those for halves on the CPU are exact only then.
+    The kernels of accelerators read both tensors by one layout. On the CPU, those for halves are exact only
+    then.
     """
     return dy if dy.stride() == x.stride() else torch.empty_like(x, dtype=dy.dtype).copy_(dy)

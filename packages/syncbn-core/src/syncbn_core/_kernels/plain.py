@@ -1,4 +1,4 @@
-"""The kernels by plain operations: for devices without kernels of their own, and the specification of the others.
+"""The kernels by plain operations, for devices without kernels of their own: the specification of the others.
 
 All of them are pure functions, without a change in place, so they also run under ``torch.vmap``.
 """

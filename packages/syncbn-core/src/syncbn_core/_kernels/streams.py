@@ -1,8 +1,8 @@
 """The streams of accelerators, where replicas use several.
 
-Each thread has a current stream for each device. A replica launches its kernels on its own thread's streams,
-while replica 0's thread works on what all replicas have brought, on its own streams. ``syncbn_parallel`` gives
-all threads the caller's streams, so there is nothing to do. Elsewhere events order the streams.
+Each thread has a current stream for each device. A replica launches its kernels on its own thread's streams.
+Replica 0's thread works on the tensors of all replicas, on its own streams. ``syncbn_parallel`` gives all
+threads the caller's streams, so there is nothing to do. Elsewhere events order the streams.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ forward      gather of count, mean and m2     sum of count, sum and sum of squar
 backward     sum of sum_dy, sum_dy_xmu; on the CPU, up to 8 processes, as a gather
 ===========  ===============================  =======================================
 
-A gather loses no digits, but every process receives the numbers of all. On the CPU with gloo it is faster than
-a reduction as long as the processes are few.
+A gather loses no digits, but every process receives the numbers of all. On the CPU with gloo it is faster
+than a reduction as long as the processes are few.
 
-On the CPU a number travels with the data that tells the layer and the call. So processes that are at different
-layers get an error rather than each other's statistics.
+On the CPU, a number that stands for the layer and the call is sent with the data. So processes that are at
+different layers get an error rather than each other's statistics.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_ga
 
 _REMEDY = (
     f"set {CHECK_VARIABLE}=1 to see where each process is. If the model is in DistributedDataParallel with "
-    "find_unused_parameters=True and the processes use different parameters, give the layers a group of their own: "
-    "convert_model(model, process_group=torch.distributed.new_group())"
+    "find_unused_parameters=True and the processes use different parameters, give the layers a group of "
+    "their own: convert_model(model, process_group=torch.distributed.new_group())"
 )
 
 
