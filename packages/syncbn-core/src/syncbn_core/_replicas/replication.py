@@ -110,9 +110,10 @@ class ReplicatedLayer(nn.Module):
         state = self._lasting_state()
         if self.process_group is not None and not isinstance(self.process_group, Scope):
             del state["process_group"]  # belongs to this process; nothing of it can be written down
+            # The same text for every layer, so that a model gets one warning.
             warnings.warn(
-                f"the process_group of {self._where()!r} is not part of the pickle, so the loaded layer will "
-                "synchronize over the default group. Set layer.process_group after loading, or save "
+                "the process_group of synchronized layers is not part of a pickle, so the loaded layers will "
+                "synchronize over the default group. Set their process_group after loading, or save "
                 "model.state_dict() instead of the model",
                 stacklevel=2,
             )
