@@ -12,7 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from simulated_accelerator.replicas import DeviceReplicas, twin_of, weights_of
 from syncbn_core import SynchronizedBatchNorm2d
 
-pytestmark = pytest.mark.usefixtures("accelerator")
+pytestmark = [
+    pytest.mark.usefixtures("accelerator"),
+    # torch warns of what the test does: a parameter is used on another stream than that of its last use.
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),
+]
 
 DEVICES = pytest.mark.parametrize(
     "devices", [["sim:0", "sim:1"], ["sim:2", "sim:0", "sim:2"], ["sim:1", "sim:1"]], ids=str
