@@ -134,11 +134,41 @@ def test_the_current_stream_is_that_of_a_device_and_a_thread() -> None:
     assert torch.sim.current_device() == 0
 
 
-def test_memory_that_is_freed_is_forgotten() -> None:
+def test_what_wrote_to_memory_that_is_freed_is_forgotten() -> None:
     side = torch.sim.Stream("sim:1")
     for _ in range(50):  # the same blocks come again
         made_on(side)
         torch.ones(3, device="sim:1") + 1
+
+
+def used_on_another_stream_and_freed(record: bool, wait: bool) -> None:
+    side = torch.sim.Stream("sim:1")
+    x = torch.ones(3, device="sim:1")
+    side.wait_stream(torch.sim.current_stream(1))
+    with torch.sim.stream(side):
+        x + 1
+    if record:
+        x.record_stream(side)
+    del x
+    if wait:
+        torch.sim.current_stream(1).wait_stream(side)
+
+
+def test_memory_that_another_stream_still_uses_is_not_freed_without_a_record() -> None:
+    used_on_another_stream_and_freed(record=False, wait=False)
+    with pytest.raises(
+        RuntimeError, match=r"may still use, since its memory was freed without record_stream"
+    ):
+        torch.ones(3, device="sim:1")
+    torch.ones(3, device="sim:2")  # of another device, so other memory
+    torch.sim.synchronize(1)
+    torch.ones(3, device="sim:1")
+
+
+@pytest.mark.parametrize(("record", "wait"), [(True, False), (False, True)])
+def test_memory_may_be_freed_once_it_is_recorded_or_waited_for(record: bool, wait: bool) -> None:
+    used_on_another_stream_and_freed(record, wait)
+    torch.ones(3, device="sim:1") + 1
 
 
 def test_the_engine_hands_a_gradient_over_from_device_to_device() -> None:

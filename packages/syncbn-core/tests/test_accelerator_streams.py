@@ -14,7 +14,7 @@ from syncbn_core import SynchronizedBatchNorm2d
 
 pytestmark = [
     pytest.mark.usefixtures("accelerator"),
-    # torch says so of parameters that were copied to the replicas on another stream, which is meant here.
+    # torch warns of what the test does: a parameter is used on another stream than that of its last use.
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),
 ]
 

@@ -34,6 +34,7 @@ namespace simulated {
 struct HostMemory final : at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     void* data = bytes ? std::malloc(bytes) : nullptr;
+    checker.allocated(current_device, data);
     return {data, data, &release, at::Device(kType, current_device)};
   }
   static void release(void* data) {
@@ -97,6 +98,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeEvent(void* event) const override {
     counter.add(kWait);
     if (event != nullptr) checker.host_waits(*static_cast<Clock*>(event));
+  }
+  void recordDataPtrOnStream(const c10::DataPtr& data, const at::Stream& s) const override {
+    checker.record(data.get(), s);
   }
   void destroyEvent(void* event, const at::DeviceIndex) const noexcept override { delete static_cast<Clock*>(event); }
 };
@@ -172,7 +176,7 @@ at::Tensor& set_storage(at::Tensor& t, at::Storage source, c10::SymInt offset, c
                                       C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
 }
 
-void record_stream(at::Tensor&, c10::Stream) {}
+void record_stream(at::Tensor& t, c10::Stream stream) { checker.record(data_of(t), stream); }
 
 // ---- copies, and reads by the host
 
@@ -278,7 +282,7 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     auto data = data_of(t);
     for (const auto* known : {&uses.reads, &uses.writes})
       if (std::find(known->begin(), known->end(), data) != known->end()) return;
-    checker.created(t.device().index(), data);
+    checker.created(uses.name, t.device().index(), data);
   };
   for (const auto& value : torch::jit::last(*stack, schema.returns().size())) {
     if (value.isTensor()) created(value.toTensor());
@@ -331,7 +335,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     counter.add(name);
     checker.launch(name, static_cast<c10::DeviceIndex>(device), pointers(reads), pointers(writes));
   });
-  m.def("created", [](int device, uintptr_t address) {
-    checker.created(static_cast<c10::DeviceIndex>(device), reinterpret_cast<const void*>(address));
+  m.def("created", [](const std::string& name, int device, uintptr_t address) {
+    checker.created(name, static_cast<c10::DeviceIndex>(device), reinterpret_cast<const void*>(address));
   });
 }

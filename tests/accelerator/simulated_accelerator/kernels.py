@@ -62,7 +62,7 @@ def _on_device(name: str, kernel: Callable[..., Any], written: Collection[str]) 
             native().exchange_quiet(before)
         for tensor in moved:
             if tensor is not None:
-                native().created(device.index, tensor.untyped_storage().data_ptr())
+                native().created(operator, device.index, tensor.untyped_storage().data_ptr())
         return moved if isinstance(results, tuple) else moved[0]
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -23,3 +24,14 @@ def accelerator() -> ModuleType:
         pytest.skip(reason)
     simulated_accelerator.load()
     return simulated_accelerator
+
+
+@pytest.fixture(autouse=True)
+def _no_stream_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the host wait for all devices after a test, so that no stream of it races with the next test."""
+    yield
+    if "accelerator" in request.fixturenames:
+        import torch
+
+        for device in range(torch.accelerator.device_count()):
+            torch.accelerator.synchronize(device)

@@ -5,6 +5,11 @@
 // remembers the operator that wrote it last and the operators that have read it since. The host has a clock too. It takes
 // the maximum with a stream's clock when it waits for that stream, and every operator starts after what the host knows.
 // One clock serves all threads of the host: how threads wait for each other is not seen.
+//
+// Memory belongs to the stream that was current when it was allocated. Freed, it goes back to that stream at once, as
+// with CUDA's allocator: whoever allocates there next may get it while another stream still uses it, unless the owner
+// waits for that stream or `record_stream` has told of it. What is still in use is handed on to all that is allocated
+// on the owner stream until then, since any of it might be the same block.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,6 +19,7 @@
 #include <array>
 #include <cstdint>
 #include <mutex>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -77,16 +83,48 @@ class StreamChecker {
   }
 
   // Results that an operator has just allocated: the operator's stream is the first to use them.
-  void created(c10::DeviceIndex device, const void* data) {
+  void created(const std::string& name, c10::DeviceIndex device, const void* data) {
     if (quiet || data == nullptr) return;
     std::lock_guard<std::mutex> lock(mutex_);
-    auto number = number_of(stream_of(device));
-    memory_[data] = Uses{number, clocks_at(number).at(number), {}};
+    auto stream = stream_of(device);
+    if (enabled_) check(stream, clock(stream), name, "writes", data);
+    auto number = number_of(stream);
+    memory_[data].written(number, clocks_at(number).at(number));
+  }
+
+  void allocated(c10::DeviceIndex device, const void* data) {
+    if (data == nullptr) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto stream = stream_of(device);
+    const auto& now = clock(stream);
+    auto& still_used = still_used_[number_of(stream)];
+    still_used.erase(std::remove_if(still_used.begin(), still_used.end(),
+                                    [&](const Use& use) { return is_over(use, now); }),
+                     still_used.end());
+    auto& uses = memory_[data] = Uses();
+    uses.owner = number_of(stream);
+    uses.of_freed = still_used;
   }
 
   void freed(const void* data) {
     std::lock_guard<std::mutex> lock(mutex_);
-    memory_.erase(data);
+    auto found = memory_.find(data);
+    if (found == memory_.end()) return;
+    const auto& uses = found->second;
+    auto all = uses.readers;
+    if (uses.writer.stream >= 0) all.push_back(uses.writer);
+    if (enabled_ && uses.owner >= 0)
+      for (const auto& use : all)
+        if (use.stream != uses.owner && !uses.recorded.count(use.stream) && !is_over(use, clocks_at(uses.owner)))
+          still_used_[uses.owner].push_back(use);
+    memory_.erase(found);
+  }
+
+  // Keep the memory, when it is freed, until this stream has done what it has been given by then.
+  void record(const void* data, const c10::Stream& stream) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto found = memory_.find(data);
+    if (found != memory_.end()) found->second.recorded.insert(number_of(stream));
   }
 
   Clock recorded(const c10::Stream& stream) {
@@ -118,11 +156,37 @@ class StreamChecker {
   }
 
  private:
-  struct Uses {
-    int writer = -1;
+  struct Use {
+    int stream = -1;
     uint64_t tick = 0;
-    std::vector<std::pair<int, uint64_t>> readers;
   };
+
+  struct Uses {  // of a block of memory
+    int owner = -1;
+    Use writer;
+    std::vector<Use> readers;
+    std::vector<Use> of_freed;  // of what may be the same block, freed before
+    std::set<int> recorded;
+
+    void written(int stream, uint64_t tick) {
+      writer = {stream, tick};
+      readers.clear();
+      of_freed.clear();
+    }
+
+    void read(int stream, uint64_t tick) {
+      for (auto& reader : readers)
+        if (reader.stream == stream) {
+          reader.tick = tick;
+          return;
+        }
+      readers.push_back({stream, tick});
+    }
+  };
+
+  bool is_over(const Use& use, const Clock& now) const {
+    return now.at(use.stream) >= use.tick || host_.at(use.stream) >= use.tick;
+  }
 
   // Default streams come first, one per device; ids of other streams differ on all devices.
   static int number_of(const c10::Stream& stream) {
@@ -150,30 +214,29 @@ class StreamChecker {
       for (auto data : writes) check(stream, now, name, "writes", data);
     }
     auto tick = now.advance(number);
-    for (auto data : reads) {
-      if (data == nullptr) continue;
-      auto& readers = memory_[data].readers;
-      auto known = std::find_if(readers.begin(), readers.end(), [&](auto& r) { return r.first == number; });
-      if (known == readers.end()) readers.emplace_back(number, tick);
-      else known->second = tick;
-    }
+    for (auto data : reads)
+      if (data != nullptr) memory_[data].read(number, tick);
     for (auto data : writes)
-      if (data != nullptr) memory_[data] = Uses{number, tick, {}};
+      if (data != nullptr) memory_[data].written(number, tick);
   }
 
   void check(const c10::Stream& stream, const Clock& now, const std::string& name, const char* does, const void* data) {
     auto found = memory_.find(data);
     if (data == nullptr || found == memory_.end()) return;
     const auto& uses = found->second;
-    if (uses.writer >= 0 && now.at(uses.writer) < uses.tick) fail(stream, name, does, "wrote", uses.writer);
+    if (uses.writer.stream >= 0 && !is_over(uses.writer, now)) fail(stream, name, does, "wrote before", uses.writer);
     if (does[0] == 'r') return;
-    for (auto [reader, tick] : uses.readers)
-      if (now.at(reader) < tick) fail(stream, name, does, "read", reader);
+    for (const auto& use : uses.readers)
+      if (!is_over(use, now)) fail(stream, name, does, "read before", use);
+    for (const auto& use : uses.of_freed)
+      if (!is_over(use, now))
+        fail(stream, name, does, "may still use, since its memory was freed without record_stream", use);
   }
 
-  void fail(const c10::Stream& stream, const std::string& name, const char* does, const char* did, int other) {
+  void fail(const c10::Stream& stream, const std::string& name, const char* does, const char* did, const Use& other) {
     TORCH_CHECK(false, "expected an event between two streams, got a race: ", name, " on ", described(number_of(stream)),
-                " ", does, " a tensor that ", described(other), " ", did, " before; let the one stream wait for the other");
+                " ", does, " a tensor that ", described(other.stream), " ", did,
+                "; let the one stream wait for the other");
   }
 
   std::string described(int number) {
@@ -189,6 +252,7 @@ class StreamChecker {
   std::vector<Clock> clocks_;  // by the stream's number
   std::vector<c10::DeviceIndex> devices_;  // by the stream's number
   std::unordered_map<const void*, Uses> memory_;  // by where a storage begins
+  std::unordered_map<int, std::vector<Use>> still_used_;  // what was freed too early, by the owner's number
 };
 
 // Never destroyed: threads of the device may end after the interpreter.

@@ -5,7 +5,8 @@ with no event between them. The order that counts is that of events, ``wait_stre
 the autograd engine's own hand-over, and the host: all that a stream has done comes before whatever is
 launched after a ``synchronize`` or a read by the host.
 
-One kind of race is not found: memory that is freed while a stream other than its own still uses it.
+Freed memory counts too: it goes back to the stream on which it was allocated, and whatever is allocated there
+next must not be written while another stream still uses it. ``Tensor.record_stream`` keeps it until then.
 """
 
 from __future__ import annotations
