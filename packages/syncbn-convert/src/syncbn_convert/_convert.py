@@ -182,8 +182,8 @@ def _refuse_wrapped(findings: list[Finding]) -> None:
     if wrapped:
         raise ValueError(
             f"convert_model: expected a model that is not wrapped yet, got {len(wrapped)} layer(s) to "
-            f"convert {wrapped[0].reason} (the first is {called(wrapped[0].name)}); convert first, then wrap: "
-            "DistributedDataParallel(convert_model(model))"
+            f"convert {wrapped[0].reason} (the first is {called(wrapped[0].name)}); convert first, then "
+            "wrap: DistributedDataParallel(convert_model(model))"
         )
 
 
