@@ -1,5 +1,6 @@
 """What several files share: a layer that synchronizes, on comm alone, and its whole-batch twin."""
 
+import signal
 import threading
 
 import pytest
@@ -49,3 +50,11 @@ def centred_net():
 def worker_count():
     """Return a function that counts the worker threads of this process."""
     return lambda: sum(thread.name == "syncbn-replica" for thread in threading.enumerate())
+
+
+@pytest.fixture
+def interrupts_raise():
+    """Let SIGINT raise KeyboardInterrupt, also in a job that a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -252,6 +252,7 @@ def test_a_replica_that_is_too_slow_is_named(centre_class):
         model(torch.ones(2, 2))
 
 
+@pytest.mark.usefixtures("interrupts_raise")
 def test_an_interrupt_of_the_waiting_caller_ends_all_replicas(centre_class):
     """Ctrl-C while one replica waits for another that computes: it is raised once both have ended."""
     waiting, may_end, ended = threading.Event(), threading.Event(), []

@@ -162,7 +162,7 @@ def test_operator_modes_of_the_caller_work_in_replicas_and_end_with_it():
 def test_a_mode_ends_with_a_replica_that_raises():
     class Failing(nn.Module):
         def forward(self, x):
-            raise ValueError
+            raise ValueError("no luck")
 
     model, good = (DataParallelWithCallback(m, ["cpu"] * 3) for m in (Failing(), net()))
     with CountOperators() as counted, pytest.raises(ValueError, match="no luck"):

@@ -94,6 +94,7 @@ def test_an_idle_thread_keeps_nothing_alive(fails):
     assert [reference() for reference in alive] == [None] * 3
 
 
+@pytest.mark.usefixtures("interrupts_raise")
 def test_an_interrupt_ends_the_calls_before_it_is_raised():
     """Ctrl-C while the caller waits: it is told first, then all calls end, then it propagates."""
     told, ended, running = threading.Event(), [], threading.Event()

@@ -28,11 +28,18 @@ def outside_of_the_compiler(function: _F) -> _F:
         # Nothing is compiled in a process that has not loaded the compiler. The compiler itself traces this
         # function; it answers the first question at once, and never gets to the second.
         if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
-            uncompiled = getattr(function, "_outside_of_the_compiler", None)
-            if uncompiled is None:
-                uncompiled = cast(Any, torch.compiler.disable)(function, **_OPTIONS)
-                function._outside_of_the_compiler = uncompiled  # type: ignore[attr-defined]
             return uncompiled(*args, **kwargs)
         return function(*args, **kwargs)
 
+    disabled: list[Callable[..., Any]] = []
+
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            disabled.append(cast(Any, torch.compiler.disable)(function, **_OPTIONS))
+        return disabled[0](*args, **kwargs)
+
+    # The compiler may meet this function before it has ever been called. These are the private marks that
+    # `torch.compiler.disable` leaves: do not trace a call of it, for this reason.
+    uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+    uncompiled._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
     return cast(_F, inner)

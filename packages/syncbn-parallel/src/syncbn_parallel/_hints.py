@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from weakref import WeakSet
 
@@ -11,15 +12,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn_parallel._callbacks import has_callback
 from syncbn_parallel._module_tree import named_submodules
 
+
+def warn_the_caller(message: str) -> None:
+    """Warn at the line that has called torch or this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("torch.", "syncbn_parallel.")
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 _hinted: WeakSet[nn.Module] = WeakSet()  # the models whose layers have been mentioned
 
 
 def warn_of_no_devices() -> None:
     """Say that a model without ``device_ids`` runs alone on a machine without accelerator."""
-    warnings.warn(
+    warn_the_caller(
         "DataParallelWithCallback found no GPU or other accelerator and got no device_ids, so it runs the "
-        "module itself, on the whole batch. For replicas on the CPU, pass device_ids=['cpu', 'cpu']",
-        stacklevel=3,
+        "module itself, on the whole batch. For replicas on the CPU, pass device_ids=['cpu', 'cpu']"
     )
 
 
@@ -38,10 +49,9 @@ def warn_of_local_batch_norms(model: nn.Module, module: nn.Module) -> None:
             local.append(name)
     if local:
         _hinted.add(model)
-        warnings.warn(
+        warn_the_caller(
             f"expected batch-norm layers that synchronize over the replicas, got {len(local)} that do not "
             f"(the first is {local[0]!r}): in training, each replica normalizes by its part of the batch. "
             "syncbn_convert.convert_model(model) makes them synchronize. If you want them as they are, "
-            "call warnings.filterwarnings('ignore', 'expected batch-norm layers that synchronize')",
-            stacklevel=4,
+            "call warnings.filterwarnings('ignore', 'expected batch-norm layers that synchronize')"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from syncbn_parallel._containers import has_rows, parts_of, rebuilt
 from syncbn_parallel._devices import moved
+from syncbn_parallel._hints import warn_the_caller
 
 # Types of objects of which a warning has told that they go whole to every replica.
 _warned: WeakSet[type] = WeakSet()
@@ -168,11 +168,10 @@ def _warn_of_hidden_rows(value: Any, path: str) -> None:
     if kind in _warned or isinstance(value, (nn.Module, type)) or not _hides_rows(value, _LEVELS):
         return
     _warned.add(kind)
-    warnings.warn(
+    warn_the_caller(
         f"expected arguments that can be split over replicas, got {path} of type {kind.__module__}."
         f"{kind.__qualname__}, which holds tensors: every replica gets the whole object, with all rows. Pass "
-        "the tensors themselves, or a tuple, list, dict or dataclass of them",
-        stacklevel=2,
+        "the tensors themselves, or a tuple, list, dict or dataclass of them"
     )
 
 
