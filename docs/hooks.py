@@ -1,11 +1,18 @@
-"""MkDocs: the benchmarks' charts become part of the site; in the repository they stay where they are."""
+"""MkDocs: what the pages take from the rest of the repository.
 
+The benchmarks' charts become part of the site; in the repository they stay where they are. A link to
+another file outside of docs/ is for those who read the pages in the repository; in the site its text alone
+remains.
+"""
+
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 CHARTS = "benchmarks/results"
+LINK_OUT_OF_DOCS = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]+\)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -17,5 +24,5 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Point at the charts in the site instead of those beside docs/."""
-    return markdown.replace(f"](../{CHARTS}/", f"]({CHARTS}/")
+    """Point at the charts in the site, and drop links that lead out of it."""
+    return LINK_OUT_OF_DOCS.sub(r"\1", markdown.replace(f"](../{CHARTS}/", f"]({CHARTS}/"))

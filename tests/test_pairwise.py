@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-pairwise_cover = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["pairwise_cover"]
+ROOT = Path(__file__).parents[1]
+pairwise_cover = runpy.run_path(str(ROOT / "conftest.py"))["pairwise_cover"]
 
 
 def pairs_of(case):
@@ -58,8 +59,9 @@ def test_of_many_parameters(a, b, c, d):
 
 
 def test_the_sessions_together_run_each_case_once(tmp_path):
-    (tmp_path / "conftest.py").write_bytes((Path(__file__).parents[1] / "conftest.py").read_bytes())
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  full: x\n  pairwise: x\n")
+    (tmp_path / "conftest.py").write_bytes((ROOT / "conftest.py").read_bytes())
+    path = f"pythonpath = {ROOT / 'tests' / 'accelerator'}\n"  # where its plugins are
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\n{path}markers =\n  full: x\n  pairwise: x\n")
     (tmp_path / "test_program.py").write_text(PROGRAM)
     selected = []
     for marks in ("not full", "full"):

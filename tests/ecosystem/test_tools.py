@@ -149,7 +149,11 @@ def test_functional_call_reaches_the_replicas_inside_of_another_module(
     )
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning",
+    "ignore:.*torch.jit.*:DeprecationWarning",
+    "ignore:.*torch.jit.*:FutureWarning",
+)
 def test_tracing_for_torchscript_records_the_originals_evaluation(row, original, converted, x):
     traced = torch.jit.trace(converted.eval(), x)
 
@@ -157,7 +161,7 @@ def test_tracing_for_torchscript_records_the_originals_evaluation(row, original,
     row("`torch.jit.trace` in eval mode", "works; warns of the checks of the input's shape")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_scripting_works_after_a_revert(row, original, converted, x):
     with pytest.raises(torch.jit.frontend.NotSupportedError):
         torch.jit.script(converted)

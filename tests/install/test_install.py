@@ -58,6 +58,7 @@ def new_environment(tmp_path):
         folder = tmp_path / "environment"
         venv.create(folder, with_pip=True)
         python = folder / "bin" / "python"
+        run(python, "-m", "pip", "uninstall", "--yes", "setuptools")  # which Python 3.11 brings, and too old
         if with_torch:
             site = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
             (Path(site) / "torch_of_another_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -47,19 +47,19 @@ def lazy() -> nn.Module:
 
 def scripted() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of late
+        warnings.simplefilter("ignore")  # torch.jit is deprecated  # torch's own, of late
         return torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
 
 
 def scripted_by_itself() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         return torch.jit.script(nn.BatchNorm2d(3, track_running_stats=False))
 
 
 def traced() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         return torch.jit.trace(nn.Sequential(nn.BatchNorm2d(3)).eval(), torch.zeros(1, 3, 2, 2))
 
 

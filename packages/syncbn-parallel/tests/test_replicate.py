@@ -255,7 +255,7 @@ def test_names_and_order_are_those_of_named_modules():
     assert named_submodules(deep) == list(deep.named_modules())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_torchscript_modules_are_refused_by_name():
     traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(RuntimeError, match=r"TorchScript module as '1'"):
