@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn_comm import ReplicaGroup
 
-from . import _apart, _nodes, _statistics, _together
+from . import _apart, _compiled, _nodes, _statistics, _together
 from ._eps import EpsMode, check_eps_mode, resolve_eps_mode
 from ._layouts import is_dense
 from ._order import chain_of
@@ -62,6 +62,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, ``(N, C, *)``; in training by the statistics of all replicas' batches."""
         self._check_input(input)
+        if torch.compiler.is_compiling() and _compiled.is_traceable(self, _SynchronizedBatchNorm):
+            return _compiled.forward(self, input)
         of_batch = self.training or self.running_mean is None
         clamps = resolve_eps_mode(self.eps_mode) == "clamp"
         processes = self._processes() if self.training else None
