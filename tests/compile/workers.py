@@ -131,6 +131,7 @@ class World:
         whole: Tensor,
         sizes: Sequence[int],
         averaged: bool = False,
+        dtype: torch.dtype | None = None,
         **tolerance: float,
     ) -> None:
         """Train a step on this share, and an uncompiled twin of torch's layers on the whole batch.
@@ -142,11 +143,12 @@ class World:
             whole: the batch of all processes.
             sizes: the processes' shares of it.
             averaged: whether `called` averages the gradients, as DDP does.
+            dtype: of the share, if not that of the batch.
             **tolerance: for ``torch.testing.assert_close``.
         """
         model.zero_grad()
         twin.zero_grad()
-        x = self.share(whole, sizes).clone(memory_format=torch.preserve_format).requires_grad_()
+        x = self.share(whole, sizes).to(dtype or whole.dtype, copy=True).requires_grad_()
         whole = whole.clone(memory_format=torch.preserve_format).requires_grad_()
         y = called(x)
         expected = twin(whole)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn_core import _graph_collectives as collectives
@@ -44,29 +45,29 @@ from syncbn_core._statistics import (
     unsqueeze_channels,
 )
 
+_SYNCHRONIZED = f"{__package__}._synchronized"  # which imports this module
+
 if TYPE_CHECKING:
     from syncbn_core._synchronized import _SynchronizedBatchNorm
 
-# Before, Dynamo does not trace all that is needed here.
-_OLDEST_TORCH = (2, 4)
 
-_HOOKS = ("_data_parallel_master", "_compute_mean_std")
-
-
-def is_traceable(layer: _SynchronizedBatchNorm, own: type) -> bool:
-    """Whether `forward` does what this layer has to do.
-
-    Args:
-        layer: one that a compiler traces.
-        own: the class whose hooks are known here.
-    """
+def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
+    """Whether `forward` does what this layer has to do."""
     if not layer.training and layer.running_mean is not None:
         return True
     if layer._replication is not None and (layer._replication.nested or layer._group() is not None):
         return False  # no graph holds what other threads do
-    return all(
-        name not in layer.__dict__ and getattr(type(layer), name) is getattr(own, name) for name in _HOOKS
-    )
+    return _has_own_hooks(type(layer)) and not any(hook in layer.__dict__ for hook in _HOOKS)
+
+
+_HOOKS = ("_data_parallel_master", "_compute_mean_std")
+
+
+@torch.compiler.assume_constant_result
+def _has_own_hooks(kind: type) -> bool:
+    """Whether a class of layers has inherited the hooks that `forward` does not call."""
+    definers = {next(base for base in kind.__mro__ if hook in vars(base)) for hook in _HOOKS}
+    return {definer.__module__ for definer in definers} == {_SYNCHRONIZED}
 
 
 def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
@@ -80,6 +81,8 @@ def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
         return _alone(layer, x)
     if clamps:
         return layer._forward_running(x)
+    if layer.training and layer.momentum is None and layer.track_running_stats:
+        return _alone_cumulative(layer, x)
     return _BatchNorm.forward(layer, x)
 
 
@@ -91,6 +94,15 @@ def _alone(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
     if count == 0:  # nothing to learn from, nothing to normalize
         return normalize(x, mean, torch.ones_like(mean), layer.weight, layer.bias)
     return normalize(x, *layer._compute_mean_std(mean, m2, count), layer.weight, layer.bias)
+
+
+def _alone_cumulative(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
+    """With ``momentum=None``: torch's own layer would read its counter on the host, which breaks a graph."""
+    dtype = compute_dtype(x.dtype)
+    mean, unbiased_var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
+    y = F.batch_norm(x, mean, unbiased_var, layer.weight, layer.bias, True, 1.0, layer.eps)
+    layer._move_running_statistics(mean, unbiased_var)
+    return y
 
 
 def _over_processes(layer: _SynchronizedBatchNorm, x: Tensor, group: Group, clamps: bool) -> Tensor:

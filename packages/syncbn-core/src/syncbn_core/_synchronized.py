@@ -62,7 +62,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, ``(N, C, *)``; in training by the statistics of all replicas' batches."""
         self._check_input(input)
-        if torch.compiler.is_compiling() and _compiled.is_traceable(self, _SynchronizedBatchNorm):
+        if torch.compiler.is_compiling() and _compiled.is_traceable(self):
             return _compiled.forward(self, input)
         of_batch = self.training or self.running_mean is None
         clamps = resolve_eps_mode(self.eps_mode) == "clamp"
@@ -342,7 +342,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
             raise TypeError(f"expected a floating-point input at {self._where()!r}, got {input.dtype}")
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self._dims:
+        if not self._dims[0] <= input.dim() <= self._dims[-1]:
             dims = " or ".join(f"{d}D" for d in self._dims)
             raise ValueError(
                 f"expected {dims} input at {self._where()!r}, got {input.dim()}D input of shape "
