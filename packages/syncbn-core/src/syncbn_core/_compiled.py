@@ -86,6 +86,17 @@ def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
     return _BatchNorm.forward(layer, x)
 
 
+def not_a_tensor(x: object, where: str) -> str:
+    """What to say where a layer is called on something else than a tensor, as ``torch.fx`` does."""
+    if isinstance(x, torch.fx.Proxy):
+        return (
+            f"expected a tensor at {where!r}, got a Proxy of torch.fx.symbolic_trace, which does not trace "
+            "through synchronized layers: trace a model that syncbn_convert.revert_model has converted back, or "
+            "use a Tracer whose is_leaf_module() returns True for nn.modules.batchnorm._NormBase"
+        )
+    return f"expected a tensor at {where!r}, got {type(x).__name__}"
+
+
 def _alone(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
     """By the statistics of this batch, where torch's own operation does something else."""
     count = _count(x)

@@ -332,6 +332,8 @@ class _SynchronizedBatchNorm(_BatchNorm):
         return self._layer_name or type(self).__name__
 
     def _check_input(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            raise TypeError(_compiled.not_a_tensor(input, self._where()))
         self._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise ValueError(
