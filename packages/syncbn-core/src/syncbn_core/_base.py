@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from syncbn_comm import current_replica
+from syncbn_core import _compiled
 from syncbn_core._autograd import one_node, three_nodes
 from syncbn_core._autograd.gradients import refuse_inside_forward
 from syncbn_core._kernels import kernels_of, plain
@@ -82,6 +83,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, ``(N, C, *)``; in training by the statistics of all replicas' batches."""
         self._check_input(input)
+        if torch.compiler.is_compiling() and _compiled.is_traceable(self):
+            return _compiled.forward(self, input)
         synchronizes = self.training and self._synchronizes()
         clamped = clamps(self.eps_mode, synchronizes)
         if not synchronizes and not clamped:
@@ -89,8 +92,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if not self.training and (self.running_mean is not None or self.running_var is not None):
             return self._forward_running(input)
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
-            run = torch.compiler.disable(_forward_training)  # type: ignore[no-untyped-call]
-            result: Tensor = run(self, input, synchronizes)
+            result: Tensor = _compiled.outside_graph(_forward_training)(self, input, synchronizes)
             return result
         if has_torch_function_unary(
             input
@@ -319,6 +321,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         super().reset_running_stats()
 
     def _check_input(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            raise TypeError(_compiled.not_a_tensor(input, self._where()))
         self._check_input_dim(input)
         # A layer that was pruned by hand has fewer channels than num_features says.
         vectors = (self.weight, self.running_mean)
@@ -347,7 +351,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
                 )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self._dims:
+        if not self._dims[0] <= input.dim() <= self._dims[-1]:
             dims = " or ".join(f"{d}D" for d in self._dims)
             raise ValueError(
                 f"expected {dims} input at {self._where()!r}, got {input.dim()}D input of shape "

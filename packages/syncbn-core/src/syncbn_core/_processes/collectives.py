@@ -40,6 +40,9 @@ MANY = 9
 # Up to here merging one by one takes fewer operations than merging all at once.
 _FEW = 3
 
+# The number of a process that does not know its call, because some of its calls are compiled.
+UNKNOWN = 0.0
+
 # The name of the one-tensor gather moves: all_gather_into_tensor, all_gather_single from torch 2.13 on.
 _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
@@ -68,6 +71,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.number = 0
+        self.is_compiled = False  # then not all calls are counted
 
 
 class Processes:
@@ -82,6 +86,7 @@ class Processes:
     def __init__(self, group: Any, name: str, calls: Calls) -> None:
         self._group = group
         calls.number += 1
+        self._is_counted = not calls.is_compiled
         self._place = f"{name!r} (call {calls.number})"
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
@@ -158,7 +163,7 @@ class Processes:
         rows = list(everybody.unbind())
         self._collect(phase, values, lambda: dist.all_gather(rows, tagged, group=self._group))
         tags = everybody[:, -1].tolist()
-        if len(set(tags)) > 1:
+        if len({*tags} - {UNKNOWN}) > 1:
             others = [rank for rank, tag in enumerate(tags) if tag != tags[self.rank]]
             raise self._strayed(phase, f"process {', '.join(map(str, others))}")
         return everybody[:, :-1].reshape(self.world_size, *values.shape)
@@ -168,15 +173,17 @@ class Processes:
             self._collect(phase, values, lambda: dist.all_reduce(values, group=self._group))
             return values
         tag = self._tag(phase)
-        total = torch.cat([values.reshape(-1), torch.tensor([tag], dtype=torch.float64)])
+        tags = torch.tensor([tag, float(tag != UNKNOWN)], dtype=torch.float64)
+        total = torch.cat([values.reshape(-1), tags])
         self._collect(phase, values, lambda: dist.all_reduce(total, group=self._group))
-        if total[-1].item() != tag * self.world_size:
+        sum_of_tags, known = total[-2:].tolist()
+        if tag != UNKNOWN and sum_of_tags != tag * known:
             raise self._strayed(phase, "another process")
-        return total[:-1].view(values.shape).to(values.dtype)
+        return total[:-2].view(values.shape).to(values.dtype)
 
     def _tag(self, phase: str) -> float:
         """Return a number for the layer, the call and the phase, of which a float64 can hold a sum."""
-        return float(zlib.crc32(f"{phase} {self._place}".encode()))
+        return float(zlib.crc32(f"{phase} {self._place}".encode())) if self._is_counted else UNKNOWN
 
     def _strayed(self, phase: str, who: str) -> BrokenSyncError:
         return BrokenSyncError(
