@@ -53,6 +53,14 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     fused: bool = True
 
     _dims: tuple[int, ...] = (2, 3, 4, 5)
+    _overrides_reduction: bool = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        own = _SynchronizedBatchNorm
+        cls._overrides_reduction = any(
+            getattr(cls, hook) is not getattr(own, hook) for hook in _compiled.HOOKS
+        )
 
     def __init__(
         self,
@@ -113,9 +121,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             raise RuntimeError(
                 f"expected replica {replica.rank} (of 0 to {replica.group.world_size - 1}) to call its own "
                 f"copy of {self._where()!r}, got a call of a layer that is not part of this replica, so it "
-                "cannot synchronize. The code reaches the layer without the replica: by a global variable, or "
-                "an attribute of another object. Use an attribute of the module (self.bn, self.layers[0]), or "
-                "put the layer into evaluation mode if it is not to be trained"
+                "cannot synchronize. The code reaches the layer without the replica: by a global variable, "
+                "or an attribute of another object. Use an attribute of the module (self.bn, self.layers[0]), "
+                "or put the layer into evaluation mode if it is not to be trained"
             )
         return group is not None or are_several(self.process_group, self._where())
 

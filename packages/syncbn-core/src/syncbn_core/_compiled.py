@@ -56,18 +56,11 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
         return True
     if layer._place is not None and (layer._place.nested or layer._place.group is not None):
         return False  # no graph holds what other threads do
-    return _has_own_hooks(type(layer)) and not any(hook in layer.__dict__ for hook in _HOOKS)
+    return not layer._overrides_reduction and not any(hook in layer.__dict__ for hook in HOOKS)
 
 
-_HOOKS = ("_data_parallel_master", "_compute_mean_std")
-
-
-@torch.compiler.assume_constant_result
-def _has_own_hooks(kind: type) -> bool:
-    """Whether a class of layers has inherited the hooks that `forward` does not call."""
-    definers = {next(base for base in kind.__mro__ if hook in vars(base)) for hook in _HOOKS}
-    # The base class cannot be imported here, since it imports this module.
-    return {definer.__name__ for definer in definers} == {"_SynchronizedBatchNorm"}
+HOOKS = ("_data_parallel_master", "_compute_mean_std")
+"""What a fork may override and the traced forward does not call."""
 
 
 def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
@@ -101,8 +94,8 @@ def not_a_tensor(x: object, where: str) -> str:
     if isinstance(x, torch.fx.Proxy):
         return (
             f"expected a tensor at {where!r}, got a Proxy of torch.fx.symbolic_trace, which does not trace "
-            "through synchronized layers: trace a model that syncbn_convert.revert_model has converted back, or "
-            "use a Tracer whose is_leaf_module() returns True for nn.modules.batchnorm._NormBase"
+            "through synchronized layers: convert the model back with revert_model (of syncbn_convert), or use "
+            "a Tracer whose is_leaf_module() returns True for nn.modules.batchnorm._NormBase"
         )
     return f"expected a tensor at {where!r}, got {type(x).__name__}"
 
@@ -148,7 +141,7 @@ def _over_processes(layer: _SynchronizedBatchNorm, x: Tensor, group: Group) -> T
             invstd, varies = var.clamp(min=layer.eps).rsqrt(), var >= layer.eps
         else:
             invstd, varies = (var + layer.eps).rsqrt(), None
-    y: Tensor = _Normalize.apply(
+    y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
         x, layer.weight, layer.bias, mean, invstd, varies, total, group.name, group.world_size
     )
     return y
@@ -193,7 +186,7 @@ def _move_running_statistics(
     before = [None if buffer is None else buffer.clone() for buffer in buffers]
     layer._move_running_statistics(mean, unbiased_var)
     for buffer, old in zip(buffers, before):
-        if buffer is not None:
+        if buffer is not None and old is not None and total is not None:
             buffer.copy_(torch.where(total > 0, buffer, old).view(buffer.shape))
 
 

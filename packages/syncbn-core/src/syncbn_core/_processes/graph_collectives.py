@@ -71,7 +71,7 @@ def all_reduce(values: Tensor, group: Group) -> Tensor:
 
 
 def expect(condition: Tensor, message: str) -> None:
-    """Raise RuntimeError where a condition, ``(1,)``, does not hold, without a wait of the host on a device."""
+    """Raise RuntimeError where a condition, ``(1,)``, does not hold, without a wait of the host."""
     torch._assert_async(condition.squeeze(), message)
 
 
