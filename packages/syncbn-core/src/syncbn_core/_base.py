@@ -102,9 +102,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
             result: Tensor = _compiled.outside_graph(_forward_training)(self, input, synchronizes)
             return result
-        if has_torch_function_unary(
-            input
-        ):  # a subclass of Tensor: the output is what the subclass makes of it
+        # A subclass of Tensor: the output is what the subclass makes of it.
+        if has_torch_function_unary(input):
             wrapped: Tensor = handle_torch_function(_forward_training, (input,), self, input, synchronizes)
             return wrapped
         return _forward_training(self, input, synchronizes)
@@ -122,8 +121,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
                 f"expected replica {replica.rank} (of 0 to {replica.group.world_size - 1}) to call its own "
                 f"copy of {self._where()!r}, got a call of a layer that is not part of this replica, so it "
                 "cannot synchronize. The code reaches the layer without the replica: by a global variable, "
-                "or an attribute of another object. Use an attribute of the module (self.bn, self.layers[0]), "
-                "or put the layer into evaluation mode if it is not to be trained"
+                "or an attribute of another object. Use an attribute of the module (self.bn, self.layers[0]). "
+                "If the layer is not to be trained, put it into evaluation mode"
             )
         return group is not None or are_several(self.process_group, self._where())
 

@@ -81,9 +81,7 @@ def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
 
 def outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with a break of the graph around it."""
-    reason = (
-        "a synchronized layer meets the other replicas, which are threads, and no graph holds other threads"
-    )
+    reason = "a synchronized layer meets other replicas, which are threads that no graph can hold"
     if "reason" in inspect.signature(torch.compiler.disable).parameters:
         return torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call,no-any-return]
     return torch.compiler.disable(function)  # type: ignore[no-untyped-call,no-any-return]
@@ -94,8 +92,8 @@ def not_a_tensor(x: object, where: str) -> str:
     if isinstance(x, torch.fx.Proxy):
         return (
             f"expected a tensor at {where!r}, got a Proxy of torch.fx.symbolic_trace, which does not trace "
-            "through synchronized layers: convert the model back with revert_model (of syncbn_convert), or use "
-            "a Tracer whose is_leaf_module() returns True for nn.modules.batchnorm._NormBase"
+            "through synchronized layers: convert the model back with revert_model (of syncbn_convert), or "
+            "use a Tracer whose is_leaf_module() returns True for nn.modules.batchnorm._NormBase"
         )
     return f"expected a tensor at {where!r}, got {type(x).__name__}"
 
