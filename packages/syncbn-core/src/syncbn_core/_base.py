@@ -121,8 +121,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
                 f"expected replica {replica.rank} (of 0 to {replica.group.world_size - 1}) to call its own "
                 f"copy of {self._where()!r}, got a call of a layer that is not part of this replica, so it "
                 "cannot synchronize. The code reaches the layer without the replica: by a global variable, "
-                "or an attribute of another object. Use an attribute of the module (self.bn, self.layers[0]). "
-                "If the layer is not to be trained, put it into evaluation mode"
+                "or an attribute of another object. Use an attribute of the module, such as self.bn. If the "
+                "layer is not to be trained, put it into evaluation mode"
             )
         return group is not None or are_several(self.process_group, self._where())
 
