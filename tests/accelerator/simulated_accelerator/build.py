@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ def missing() -> str | None:
         return None
     with _interpreter_on_path():
         lacking = [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name) is None]
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        lacking.append("the headers of Python")
     return f"the simulated accelerator needs {' and '.join(lacking)} to be built" if lacking else None
 
 
