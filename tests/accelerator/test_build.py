@@ -104,6 +104,15 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "needs torch 99.0 or later" in accelerator.missing()
 
 
+def test_a_process_with_another_kind_of_accelerator_does_not_get_this_one(
+    monkeypatch: pytest.MonkeyPatch, accelerator
+) -> None:
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    assert "this one has cuda" in accelerator.missing()
+
+
 def test_ninja_is_found_beside_the_interpreter_though_it_is_not_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator
 ) -> None:

@@ -30,13 +30,17 @@ _native: ModuleType | None = None
 
 
 def missing() -> str | None:
-    """Say what keeps the device from being built here; None if nothing does."""
+    """Say what keeps the device from being built and used here; None if nothing does."""
     import torch
 
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"the simulated accelerator needs torch {oldest} or later, got {torch.__version__}"
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None and other.type != "sim":
+        # Autograd orders the streams of one kind of accelerator, and would forget those of this one.
+        return f"a process can have one kind of accelerator, and this one has {other.type}: hide its devices"
     if sys.platform == "win32":
         return "the simulated accelerator needs file locks of POSIX"
     if (build_folder() / _COMPLETE).exists():
