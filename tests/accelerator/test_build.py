@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import simulated_accelerator
 
@@ -102,6 +103,15 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert accelerator.missing() is None
     monkeypatch.setattr("simulated_accelerator.build.OLDEST_TORCH", (99, 0))
     assert "needs torch 99.0 or later" in accelerator.missing()
+
+
+def test_a_process_with_another_kind_of_accelerator_does_not_get_this_one(
+    monkeypatch: pytest.MonkeyPatch, accelerator
+) -> None:
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    assert "this one has cuda" in accelerator.missing()
 
 
 def test_ninja_is_found_beside_the_interpreter_though_it_is_not_on_the_path(

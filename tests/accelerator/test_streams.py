@@ -36,6 +36,15 @@ def test_an_event_covers_what_came_before_it_alone() -> None:
         after + 1
 
 
+def test_an_event_is_recorded_and_waited_for_by_name() -> None:
+    side = torch.sim.Stream(1)
+    x = made_on(side)
+    event = torch.sim.Event()
+    event.record(side)
+    event.wait(torch.sim.current_stream(1))
+    x + 1
+
+
 def test_an_order_carries_over_from_stream_to_stream() -> None:
     first, second = torch.sim.Stream("sim:0"), torch.sim.Stream("sim:1")
     x = made_on(first)

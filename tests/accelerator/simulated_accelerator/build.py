@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,19 +30,25 @@ _native: ModuleType | None = None
 
 
 def missing() -> str | None:
-    """Say what keeps the device from being built here; None if nothing does."""
+    """Say what keeps the device from being built and used here; None if nothing does."""
     import torch
 
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"the simulated accelerator needs torch {oldest} or later, got {torch.__version__}"
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None and other.type != "sim":
+        # Autograd orders the streams of one kind of accelerator, and would forget those of this one.
+        return f"a process can have one kind of accelerator, and this one has {other.type}: hide its devices"
     if sys.platform == "win32":
         return "the simulated accelerator needs file locks of POSIX"
     if (build_folder() / _COMPLETE).exists():
         return None
     with _interpreter_on_path():
         lacking = [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name) is None]
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        lacking.append("the headers of Python")
     return f"the simulated accelerator needs {' and '.join(lacking)} to be built" if lacking else None
 
 

@@ -99,11 +99,15 @@ def _group_class() -> type:
             with torch.sim.stream(own):
                 addresses = [[t.untyped_storage().data_ptr() for t in some] for some in (inputs, outputs)]
                 native().launch(name, device.index, *addresses)
-                with _quiet():
-                    results = [t.cpu() for t in outputs]
-                    collective([t.cpu() for t in inputs], results)
-                    for output, result in zip(outputs, results):
-                        output.copy_(result)
+                try:
+                    with _quiet():
+                        results = [t.cpu() for t in outputs]
+                        collective([t.cpu() for t in inputs], results)
+                        for output, result in zip(outputs, results):
+                            output.copy_(result)
+                except RuntimeError:
+                    own.synchronize()  # nothing is on its way any more
+                    raise
             return Work(outputs, own)
 
         def _all_gathered(self, part: Tensor) -> list[Tensor]:
