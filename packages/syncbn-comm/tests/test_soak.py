@@ -1,4 +1,4 @@
-"""A long run in which neither memory nor threads may grow; it runs only where it is asked for."""
+"""A long run in which neither memory nor threads may grow. It runs only if it is selected."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ REPLICAS = 4
 
 
 @pytest.mark.soak
+@pytest.mark.time_limit(3700.0)
 def test_a_million_rounds_leave_memory_and_threads_as_they_were(threads, capsys):
     group = ReplicaGroup(REPLICAS)
     peaks, thread_counts = [], []

@@ -56,7 +56,7 @@ def test_a_data_parallel_becomes_one_with_callbacks_and_the_same_devices():
     assert [parallel.device_ids, parallel.output_device, parallel.dim] == before
 
 
-def test_the_replicas_of_a_converted_data_parallel_normalise_as_one_batch():
+def test_the_replicas_of_a_converted_data_parallel_normalize_as_one_batch():
     parallel = convert_model(on_cpu(nn.Sequential(nn.BatchNorm1d(3))))
     x = torch.randn(6, 3) * torch.arange(1.0, 7.0)[:, None]
 
@@ -89,7 +89,7 @@ def test_a_data_parallel_without_devices_runs_the_converted_module_alone():
     torch.testing.assert_close(parallel(x), nn.BatchNorm1d(3)(x), rtol=0, atol=0)
 
 
-def test_a_subclass_keeps_its_class_and_its_replicas_normalise_as_one_batch():
+def test_a_subclass_keeps_its_class_and_its_replicas_normalize_as_one_batch():
     parallel = convert_model(on_cpu(nn.BatchNorm1d(3), Foreign))
     x = torch.randn(6, 3) * torch.arange(1.0, 7.0)[:, None]
 
@@ -123,7 +123,7 @@ def test_a_reverted_wrapper_cannot_be_told_from_the_original(cls, around, snapsh
     assert snapshot(model) == before
 
 
-def test_a_wrapper_put_around_the_converted_model_normalises_as_one_batch():
+def test_a_wrapper_put_around_the_converted_model_normalizes_as_one_batch():
     parallel = DataParallelWithCallback(convert_model(nn.Sequential(nn.BatchNorm1d(3))), ["cpu"] * 3)
     x = torch.randn(7, 3) * torch.arange(1.0, 8.0)[:, None]
 

@@ -1,8 +1,10 @@
 """The public names of the package, and what importing it does."""
 
+import ast
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,16 @@ def test_the_version_is_that_of_the_installed_distribution():
     except metadata.PackageNotFoundError:
         pytest.skip("runs from a checkout: syncbn-convert is not installed")
     assert syncbn_convert.__version__ == installed
+
+
+def test_only_public_names_of_the_other_packages_are_imported():
+    for path in Path(syncbn_convert.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(
+                ("syncbn_core", "syncbn_parallel")
+            ):
+                assert node.module in ("syncbn_core", "syncbn_parallel"), f"{path.name}: {node.module}"
+                assert not [name.name for name in node.names if name.name.startswith("_")], path.name
 
 
 def test_importing_is_silent_and_patches_nothing():

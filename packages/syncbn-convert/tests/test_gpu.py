@@ -14,7 +14,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("moved_first", [True, False])
-def test_a_converted_data_parallel_normalises_as_one_batch(moved_first):
+def test_a_converted_data_parallel_normalizes_as_one_batch(moved_first):
     count = torch.cuda.device_count()
     model = nn.Sequential(nn.BatchNorm1d(3)).double()
     parallel = nn.DataParallel(

@@ -59,8 +59,8 @@ class SyncMaster:
     - the present set is broken by a failure, or
     - the identifier is in the present set already: the model was replicated again without a round.
 
-    The pipes of the old set stay valid for nothing: each raises a `BrokenSyncError` when it is used. No set
-    is replaced during a round: if somebody waits, `register_slave` raises instead.
+    The pipes of the old set can no longer be used: `SlavePipe.run_slave` raises a `BrokenSyncError`. No set
+    is replaced during a round: if somebody waits in it, `register_slave` raises instead.
 
     **Guarantees**
 
@@ -149,6 +149,7 @@ class SyncMaster:
         Raises:
             SyncError: the identifier is 0; or a round is under way: the callback runs, or somebody waits in
                 the set that this call would replace (also a ValueError).
+            BrokenSyncError: another thread breaks the round during this call.
         """
         if identifier == 0:
             raise MisuseError(
