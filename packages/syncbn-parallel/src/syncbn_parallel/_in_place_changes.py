@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn_parallel._containers import parts_of
-from syncbn_parallel._module_tree import STANDARD_ATTRIBUTES, named_submodules
+from syncbn_parallel._module_tree import named_submodules
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -79,11 +79,10 @@ def _shared_tensors(replica: nn.Module) -> Iterator[tuple[int, tuple[str, Tensor
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 yield id(parameter), (prefix + key, parameter)
-        state = module.__dict__
-        for key in state.keys() - STANDARD_ATTRIBUTES:
-            value = state[key]
-            if type(value) is Tensor and value.grad_fn is None and id(value) not in buffers:
-                yield id(value), (prefix + key, value)
+        if Tensor in map(type, module.__dict__.values()):
+            for key, value in module.__dict__.items():
+                if type(value) is Tensor and value.grad_fn is None and id(value) not in buffers:
+                    yield id(value), (prefix + key, value)
 
 
 def _is_time_to_compare(model: nn.Module, training: bool) -> bool:

@@ -1,0 +1,114 @@
+"""A replica is a member of its group while it runs, whoever calls it, and however its class is called."""
+
+import pytest
+import torch
+from torch import nn
+
+from syncbn_comm import ReplicaLeftError
+from syncbn_parallel import DataParallelWithCallback, patch_replication_callback, replicate
+
+SECONDS = 60.0  # of waiting, before a test gives up
+
+
+@pytest.fixture
+def called(centre_class):
+    """Return a net class that defines ``__call__`` and not ``forward``."""
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.centre = centre_class()
+
+        def __call__(self, x):
+            return x if x.max() > 50 else self.centre(x)
+
+    return Called
+
+
+class Serial(nn.DataParallel):
+    """Overrides everything, and calls the replicas in threads of its own."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module, self.device_ids, self.output_device, self.dim = module, [0, 1], 0, 0
+        self.src_device_obj = torch.device("cpu")
+
+    def scatter(self, inputs, kwargs, device_ids):
+        return [(chunk,) for chunk in inputs[0].chunk(2)], [kwargs] * 2
+
+    def replicate(self, module, device_ids):
+        return replicate(module, ["cpu"] * 2)
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(replica, *own) for replica, own in zip(replicas, inputs)]
+            return [job.result(SECONDS) for job in jobs]
+
+    def gather(self, outputs, output_device):
+        return torch.cat(outputs)
+
+
+WRAPPERS = [
+    lambda module: DataParallelWithCallback(module, ["cpu"] * 2, timeout=SECONDS),
+    lambda module: patch_replication_callback(Serial(module)),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["ours", "patched"])
+@pytest.mark.parametrize("early", [0, 1])
+def test_a_class_that_defines_call_leaves_as_one_that_defines_forward(called, wrap, early):
+    model = wrap(called())
+    x = torch.randn(4, 3)
+    bad = x.clone()
+    bad[2 * early] = 99
+    for _ in range(2):
+        torch.testing.assert_close(model(x), x - x.mean(0))
+        with pytest.raises(ReplicaLeftError, match=f"replica {early} finished without reaching 'centre'"):
+            model(bad)
+
+
+def test_a_replica_of_such_a_class_is_an_instance_of_it_by_the_same_name(called):
+    seen = []
+
+    class Look(called):
+        def __call__(self, x):
+            seen.append((isinstance(self, Look), type(self).__name__, type(self).__module__))
+            return super().__call__(x)
+
+    DataParallelWithCallback(Look(), ["cpu"] * 2)(torch.randn(4, 3))
+    assert seen == [(True, "Look", __name__)] * 2
+
+
+def test_a_call_that_goes_on_to_forward_is_one_membership(centre_class):
+    class Both(centre_class):
+        def __call__(self, x):
+            y = super().__call__(x)
+            return y + super().__call__(x)
+
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(DataParallelWithCallback(Both(), ["cpu"] * 3)(x), 2 * (x - x.mean(0)))
+
+
+def test_a_module_that_calls_itself_stays_a_member_until_the_last_return(centre_class):
+    class Recursive(centre_class):
+        def forward(self, x, depth=2):
+            y = super().forward(x)
+            return y if depth == 0 else self(y.exp(), depth - 1) + super().forward(y)
+
+    x = torch.randn(6, 3).double()
+    expected, actual = Recursive()(x), DataParallelWithCallback(Recursive(), ["cpu"] * 3)(x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_a_failure_in_such_a_class_is_noted(called):
+    class Failing(called):
+        def __call__(self, x):
+            raise ValueError("no luck")
+
+    with pytest.raises(ValueError, match="no luck") as caught:
+        DataParallelWithCallback(Failing(), ["cpu"] * 2)(torch.ones(2))
+    (note,) = caught.value.__notes__
+    assert note.startswith("raised in replica ")
+    assert note.endswith("(of 0 to 1) on cpu")
