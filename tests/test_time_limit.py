@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +37,10 @@ def test_that_comes_after():
 @pytest.mark.parametrize("part", HANGS)
 def test_a_test_that_hangs_ends_the_run_and_shows_where(part, tmp_path):
     (tmp_path / "test_hanging.py").write_text(TEST.format(fixture=HANGS[part]))
-    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "conftest"]
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    options = ["-c", str(ROOT / "pyproject.toml"), "--confcutdir", str(tmp_path), "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, "-p", "no:cacheprovider", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,
