@@ -31,7 +31,7 @@ CONVERSIONS = {
 }
 SHAPES = {nn.BatchNorm1d: (5, C), nn.BatchNorm2d: (5, C, 2, 3), nn.BatchNorm3d: (5, C, 2, 1, 2)}
 # What is added to the __dict__ of a layer that was converted without options, and taken out again.
-NOTES = {"_layer_name", "_converted_from"}
+NOTES = {"layer_name", "_converted_from"}
 
 
 class Odd(nn.BatchNorm2d):

@@ -75,7 +75,7 @@ def test_a_class_that_is_no_batch_norm_may_be_registered_and_keeps_its_attribute
 
     assert type(model) is Mine
     assert model.fused == "mine"
-    assert "_layer_name" not in vars(model)
+    assert "layer_name" not in vars(model)
     assert type(model[0]) is SynchronizedBatchNorm2d
     assert snapshot(revert_model(model)) == before
 

@@ -71,7 +71,7 @@ def test_an_input_that_is_not_of_floating_point(dtype):
 def test_a_layer_that_knows_its_name_says_it(replicas_of):
     wrong = torch.ones(2, 3)
     layer = SynchronizedBatchNorm2d(3)
-    layer._layer_name = "encoder.bn1"
+    layer.layer_name = "encoder.bn1"
     with pytest.raises(ValueError, match=r"input at 'encoder\.bn1', got"):
         layer(wrong)
     with pytest.raises(ValueError, match=r"input at 'net\.0', got"):

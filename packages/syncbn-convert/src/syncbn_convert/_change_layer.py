@@ -16,8 +16,8 @@ EpsMode = Literal["plus", "clamp", "clamp_synchronized"]
 
 OPTIONS = ("process_group", "eps_mode", "fused")
 
-# Where a layer keeps its name in the model, for messages: the only private name of syncbn_core here.
-_LAYER_NAME = "_layer_name"
+# Where a layer keeps its name in the model, for messages.
+_LAYER_NAME = "layer_name"
 
 
 def _added_attributes() -> tuple[str, ...]:

@@ -47,6 +47,10 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
             are slower and have derivatives of any order.
         bias: False for a weight without a bias.
 
+    Attributes:
+        layer_name: the layer's name in the model, for error messages; None for its class. ``convert_model``
+            sets it, and inside replicas the wrapper tells the name.
+
     Shape:
         - Input: ``(N, C, H, W)``; N may be 0 and may differ among the replicas.
         - Output: as the input, in its dtype and memory format.

@@ -22,7 +22,12 @@ from syncbn_core._kernels.protocol import (
     Statistics,
     WholeBatch,
 )
-from syncbn_core._kernels.statistics import check_total, compute_dtype, samples_per_channel
+from syncbn_core._kernels.statistics import (
+    check_total,
+    compute_dtype,
+    counted_by_devices,
+    samples_per_channel,
+)
 from syncbn_core._kernels.streams import current_stream, is_capturing
 
 # torch's merge kernel divides by a running count, so a first count of 0 makes a NaN. A batch of this many
@@ -73,13 +78,9 @@ class AcceleratorKernels:
             rows = how.processes.gather(torch.cat([mean, invstd, own_count]))  # (P, 2C + 1)
             n = len(mean)
             means, invstds, all_counts = rows[:, :n], rows[:, n:-1], rows[:, -1]
-        if count < 2:
-            # Nobody but the devices knows how many samples the other processes have.
-            total = all_counts.round().sum()
-            if count == 1:
-                torch._assert_async(total > 1, f"Expected more than 1 value per channel at {how.name!r}")
-            return _finish_if_any(means, invstds, all_counts, total, how)
-        return _finish(means, invstds, all_counts, None, how)
+        total = all_counts.round().sum() if count < 2 else all_counts
+        with counted_by_devices(total, count, how):
+            return _finish(means, invstds, all_counts, None, how)
 
     def normalize(
         self,
@@ -169,21 +170,6 @@ def _fits(running: RunningStatistics | None, dtype: torch.dtype) -> bool:
     if running is None:
         return True
     return running.momentum is not None and running.mean.dtype == running.var.dtype == dtype
-
-
-def _finish_if_any(
-    means: Tensor, invstds: Tensor, counts: Tensor, total: Tensor, how: Reduction
-) -> WholeBatch:
-    """`_finish` where the processes may all be empty: then the running statistics stay what they are."""
-    running = how.running
-    if running is None:
-        return _finish(means, invstds, counts, None, how)
-    moved = [t for t in (running.mean, running.var, running.num_batches_tracked) if t is not None]
-    before = [tensor.clone() for tensor in moved]
-    whole = _finish(means, invstds, counts, None, how)
-    for tensor, old in zip(moved, before):
-        tensor.copy_(torch.where(total > 0, tensor, old))
-    return whole
 
 
 def _summed(

@@ -73,6 +73,10 @@ class RunningStatistics(NamedTuple):
     num_batches_tracked: Tensor | None
     momentum: float | None
 
+    def tensors(self) -> list[Tensor]:
+        """Return what is moved."""
+        return [t for t in (self.mean, self.var, self.num_batches_tracked) if t is not None]
+
 
 class Processes(Protocol):
     """The processes that a layer synchronizes over; see ``syncbn_core._processes.collectives``."""

@@ -10,7 +10,8 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -145,6 +146,30 @@ def merge_stacked(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, T
     return mean, m2, count
 
 
+@contextmanager
+def counted_by_devices(count: int | Tensor, own_count: int, how: Reduction) -> Iterator[None]:
+    """Check a count that only the devices know, without a wait of the host.
+
+    Where this process has two samples, that is enough. Where it has one, the devices assert that there are
+    more. Where it has none, all processes may have none: then the running statistics stay what they are.
+
+    Args:
+        count: of the samples of all processes, ``(1,)`` or ``()``; nothing is done for a number.
+        own_count: the number of samples of the replicas of this process.
+        how: the layer's part.
+    """
+    if not isinstance(count, Tensor) or own_count > 1:
+        yield
+        return
+    if own_count == 1:
+        torch._assert_async((count > 1).squeeze(), f"Expected more than 1 value per channel at {how.name!r}")
+    moved = [] if how.running is None else [*how.running.tensors()]
+    before = [tensor.clone() for tensor in moved]
+    yield
+    for tensor, old in zip(moved, before):
+        tensor.copy_(torch.where(count > 0, tensor, old).view(tensor.shape))
+
+
 def whole_batch(mean: Tensor, m2: Tensor, count: int | Tensor, own_count: int, how: Reduction) -> WholeBatch:
     """Turn merged statistics into what to normalize with, and move the running statistics.
 
@@ -156,13 +181,14 @@ def whole_batch(mean: Tensor, m2: Tensor, count: int | Tensor, own_count: int, h
         how: the layer's part.
     """
     dtype = how.dtype
-    # Where this process has enough samples, the host need not know how many all processes have.
-    known = own_count if own_count > 1 else int(count)
-    check_total(known, how.name)
-    if known == 0:  # nothing to learn from, nothing to normalize
-        return WholeBatch(mean.to(dtype), torch.ones_like(mean, dtype=dtype), 0)
+    if isinstance(count, int) or count.is_cpu:
+        count = int(count)
+        check_total(count, how.name)
+        if count == 0:  # nothing to learn from, nothing to normalize
+            return WholeBatch(mean.to(dtype), torch.ones_like(mean, dtype=dtype), 0)
     is_floor = (m2 < how.eps * count) if how.clamps else None
-    wide_mean, wide_invstd = how.finish(mean, m2, count)
+    with counted_by_devices(count, own_count, how):
+        wide_mean, wide_invstd = how.finish(mean, m2, count)
     mean, invstd = wide_mean.to(dtype), wide_invstd.to(dtype)
     rounding = None if wide_mean.dtype == dtype else (mean - wide_mean).to(dtype)
     return WholeBatch(mean, invstd, count, rounding, is_floor)

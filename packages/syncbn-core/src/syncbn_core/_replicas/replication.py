@@ -26,7 +26,7 @@ class ReplicatedLayer(nn.Module):
 
     process_group: Any = None
 
-    _layer_name: str | None = None
+    layer_name: str | None = None
     _place: Place | None = None
     _calls: Calls | None = None
     _original: weakref.ref[Any] | None = None  # on a replica: the layer of the replicated model
@@ -53,7 +53,7 @@ class ReplicatedLayer(nn.Module):
 
     def _name_in_all_processes(self) -> str:
         """Return a name that does not depend on how many replicas this process runs."""
-        return self._layer_name or type(self).__name__
+        return self.layer_name or type(self).__name__
 
     def __data_parallel_replicate__(self, ctx: ReplicationContext, copy_id: int) -> None:
         """Take the place of replica ``copy_id`` in this forward; called on every replica, the master first.
