@@ -1,6 +1,7 @@
 """What several files share: a layer that synchronizes, on comm alone, and its whole-batch twin."""
 
 import signal
+import sys
 import threading
 
 import pytest
@@ -50,6 +51,17 @@ def centred_net():
 def worker_count():
     """Return a function that counts the worker threads of this process."""
     return lambda: sum(thread.name == "syncbn-replica" for thread in threading.enumerate())
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    """Let this machine have no accelerator, also where a test before has loaded a simulated one."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if hasattr(torch, "accelerator"):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: None)
+    stock = sys.modules["torch.nn.parallel.data_parallel"]
+    monkeypatch.setattr(stock, "_get_available_device_type", lambda: None)
 
 
 @pytest.fixture

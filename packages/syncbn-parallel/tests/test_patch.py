@@ -163,10 +163,10 @@ def test_copies_and_pickles_are_patched_and_replicate_their_own_module(duplicate
     assert not model(torch.ones(4, 2)).eq(0).all()
 
 
+@pytest.mark.usefixtures("no_accelerator")
 def test_a_stock_data_parallel_without_gpu_still_runs_its_module_alone():
     model = patch_replication_callback(nn.DataParallel(nn.Linear(4, 2)))
-    if not torch.cuda.is_available():
-        assert model(torch.ones(3, 4)).shape == (3, 2)
+    assert model(torch.ones(3, 4)).shape == (3, 2)
 
 
 def test_data_parallel_with_callback_needs_no_patch():
