@@ -134,9 +134,10 @@ class InputChanges:
         for tensor, chunks, versions, all_shared in self._chunks:
             if [chunk._version for chunk in chunks] == versions:
                 continue
-            if all_shared and not (tensor.requires_grad and torch.is_grad_enabled()):
+            has_history = torch.is_grad_enabled() and any(chunk.requires_grad for chunk in chunks)
+            if all_shared and not has_history:
                 torch.autograd.graph.increment_version(tensor)
-            else:  # where the numbers are there already, for the history of the chunks
+            else:  # with the numbers in place already, this is for the history
                 tensor.copy_(torch.cat([moved(chunk, tensor.device) for chunk in chunks], dim))
 
 
