@@ -68,6 +68,7 @@ def test_twenty_steps_of_sgd_end_at_the_weights_of_the_whole_batch(fused, residu
     torch.testing.assert_close(converted.state_dict(), whole.state_dict(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:expected batch-norm layers that synchronize:UserWarning")
 def test_without_conversion_replicas_differ_from_the_whole_batch(residual_net, split_as, train_step):
     """So the tests above can fail."""
     x = torch.randn(8, 3, 6, 6, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Models inside of models, beside each other, and layers that are used twice."""
+"""Models inside, beside and behind each other; layers that are used twice, or reached by another way."""
 
 import threading
 
@@ -82,6 +82,75 @@ def test_a_forward_inside_a_forward_equals_the_whole_batch(x, split_as, train_st
     normalized = nn.BatchNorm1d(4).double()(x)
     expected = torch.cat([nn.BatchNorm1d(4).double()(part) for part in normalized.split(4)])
     torch.testing.assert_close(y, expected, **EXACT)
+
+
+class ThroughAttributes(nn.Module):
+    """Its forward reaches the layers through what it has kept of them, not by their names."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.kind = kind
+        if kind == "hook":
+            self.linear.register_forward_hook(lambda module, args, y: self.norm(y))
+
+    def keep(self):
+        """Do what a program does after the conversion, which exchanges the layers."""
+        inner = self.forward
+        if self.kind == "bound method":
+            self.kept = self.run
+        elif self.kind == "pairs":
+            self.kept = [(self.linear, "linear"), (self.norm, "norm")]
+        elif self.kind == "wrapped forward":
+            self.forward = lambda *args: inner(*args)
+        return self
+
+    def run(self, x):
+        return self.norm(self.linear(x))
+
+    def forward(self, x):
+        if self.kind == "hook":
+            return self.linear(x)
+        if self.kind == "bound method":
+            return self.kept(x)
+        if self.kind == "pairs":
+            for layer, _ in self.kept:
+                x = layer(x)
+            return x
+        return self.run(x)
+
+
+@pytest.mark.parametrize("kind", ["bound method", "pairs", "wrapped forward", "hook"])
+def test_layers_that_are_reached_through_attributes_equal_the_whole_batch(
+    kind, x, split_as, train_step, assert_close
+):
+    net = convert_model(ThroughAttributes(kind).double()).keep()
+    whole = ThroughAttributes(kind).double().keep()
+    replicas = split_as(net, [3, 1, 4])
+    for _ in range(2):
+        assert_close(train_step(replicas, x), train_step(whole, x), **EXACT)
+    assert net.norm.num_batches_tracked == 2
+
+
+def test_a_decoder_that_begins_in_place_behind_an_encoder_equals_the_whole_batch(x, train_step):
+    class TwoInARow(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            torch.manual_seed(1)
+            self.encoder = wrap(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+            self.decoder = wrap(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.BatchNorm1d(4)))
+
+        def forward(self, x):
+            code = self.encoder(x)
+            return self.decoder(code) + code
+
+    actual = train_step(
+        convert_model(TwoInARow(lambda m: DataParallelWithCallback(m, ["cpu"] * 2)).double()), x
+    )
+    expected = train_step(TwoInARow(lambda m: m).double(), x)
+    torch.testing.assert_close(list(actual.values()), list(expected.values()), **EXACT)
 
 
 def test_two_models_in_two_threads_do_not_meet(residual_net, split_as, train_step, assert_close):

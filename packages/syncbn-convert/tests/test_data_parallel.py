@@ -79,6 +79,7 @@ def test_the_batch_dimension_is_carried_over():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nn.DataParallel has device_ids where there is a GPU")
+@pytest.mark.filterwarnings("ignore:DataParallelWithCallback found no GPU:UserWarning")
 def test_a_data_parallel_without_devices_runs_the_converted_module_alone():
     with pytest.warns(UserWarning, match="found no GPU"):
         parallel = convert_model(nn.DataParallel(nn.BatchNorm1d(3)))

@@ -104,6 +104,7 @@ def test_wrappers_are_rows_of_their_own():
     assert [row.name for row in report.converted] == ["0.module"]
 
 
+@pytest.mark.filterwarnings("ignore:DataParallelWithCallback found no GPU:UserWarning")
 def test_a_wrapper_says_why_it_is_skipped_and_nothing_once_it_is_converted():
     model = nn.Sequential(nn.DataParallel(nn.BatchNorm2d(3)))
 

@@ -1,11 +1,14 @@
 """What several files share: a layer that synchronizes, on comm alone, and its whole-batch twin."""
 
 import signal
+import sys
 import threading
 
 import pytest
 import torch
 from torch import nn
+
+from syncbn_parallel import replicate
 
 
 class GlobalCentre(nn.Module):
@@ -50,6 +53,68 @@ def centred_net():
 def worker_count():
     """Return a function that counts the worker threads of this process."""
     return lambda: sum(thread.name == "syncbn-replica" for thread in threading.enumerate())
+
+
+class SomebodysDataParallel(nn.DataParallel):
+    """Overrides everything, as code does that runs where nn.DataParallel does not: on the CPU.
+
+    Like torch's, its ``parallel_apply`` waits for all threads before it looks at any exception.
+    """
+
+    def __init__(self, module, replicas):
+        nn.Module.__init__(self)
+        self.module = module
+        self.device_ids = list(range(replicas))
+        self.output_device, self.dim = 0, 0
+        self.src_device_obj = torch.device("cpu")
+
+    def scatter(self, inputs, kwargs, device_ids):
+        chunks = [(chunk,) for chunk in inputs[0].chunk(len(device_ids))]
+        return chunks, [kwargs] * len(chunks)
+
+    def replicate(self, module, device_ids):
+        assert module is self.module
+        return replicate(module, ["cpu"] * len(device_ids))
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        outcomes = [None] * len(replicas)
+
+        def work(i):
+            try:
+                outcomes[i] = replicas[i](*inputs[i], **kwargs[i])
+            except Exception as error:
+                outcomes[i] = error
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(replicas))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        self.errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        if self.errors:
+            raise self.errors[0]
+        return outcomes
+
+    def gather(self, outputs, output_device):
+        return torch.cat(outputs)
+
+
+@pytest.fixture
+def foreign():
+    """Return a subclass of nn.DataParallel that somebody else wrote, to make from a module and a number."""
+    return SomebodysDataParallel
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    """Let this machine have no accelerator, also where a test before has loaded a simulated one."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if hasattr(torch, "accelerator"):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: None)
+    stock = sys.modules["torch.nn.parallel.data_parallel"]
+    monkeypatch.setattr(stock, "_get_available_device_type", lambda: None)
 
 
 @pytest.fixture

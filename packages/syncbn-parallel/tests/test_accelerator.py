@@ -218,6 +218,26 @@ def test_a_parameter_that_changes_in_place_on_a_shared_device_is_an_error():
     torch.testing.assert_close(module.weight.detach(), before * 0.5)
 
 
+@pytest.mark.parametrize("device_ids", [[0, 0], [0, 1, 2], [1, 0]])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_an_input_on_a_device_that_changes_in_place_is_that_of_the_single_model(device_ids, requires_grad):
+    home = torch.device("sim", device_ids[0])
+    x, weights = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    results = []
+    for wrap in (lambda module: module, lambda module: DataParallelWithCallback(module, device_ids)):
+        own = x.to(home).requires_grad_(requires_grad)
+        code = own * 2 + 1
+        output = wrap(nn.Sequential(nn.ReLU(inplace=True), nn.Tanh()))(code)
+        if requires_grad:
+            (output * weights.to(home) + code * 3).sum().backward()
+        results.append(
+            [output.detach().cpu(), code.detach().cpu(), own.grad if own.grad is None else own.grad.cpu()]
+        )
+    torch.testing.assert_close(results[1][:2], results[0][:2], **EXACT)
+    if requires_grad:
+        torch.testing.assert_close(results[1][2], results[0][2], **EXACT)
+
+
 def test_a_failure_names_the_device():
     class Greedy(nn.Module):
         def forward(self, x):

@@ -148,7 +148,7 @@ def test_copies_and_pickles_compute_the_same_after_a_forward(centred_net, duplic
     assert again.module.weight is not model.module.weight
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.usefixtures("no_accelerator")
 class TestOnAMachineWithoutGPU:
     @pytest.mark.filterwarnings("ignore:DataParallelWithCallback found no GPU:UserWarning")
     def test_no_device_ids_run_the_module_alone(self):

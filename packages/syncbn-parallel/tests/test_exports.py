@@ -15,6 +15,11 @@ def test_the_public_names_are_exactly_those_of_all():
     assert syncbn_parallel.__all__ == sorted(syncbn_parallel.__all__)
 
 
+@pytest.mark.parametrize("name", ["CallbackContext", "DataParallelWithCallback"])
+def test_classes_name_the_public_package(name):
+    assert getattr(syncbn_parallel, name).__module__ == "syncbn_parallel"
+
+
 def test_the_version_is_that_of_the_installed_distribution():
     try:
         installed = metadata.version("syncbn-parallel")

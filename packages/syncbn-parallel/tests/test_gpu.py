@@ -32,6 +32,7 @@ def test_output_and_gradients_are_those_of_the_whole_batch(centred_net, device_i
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:expected batch-norm layers that synchronize:UserWarning")
 @pytest.mark.parametrize("device_ids", PLACES)
 def test_only_the_first_replica_updates_the_buffers_of_the_module(device_ids):
     module = nn.BatchNorm1d(2).cuda()

@@ -98,10 +98,7 @@ def test_nothing_of_it_is_left_on_the_model(duplicate):
     assert len(hints(duplicate(model))) == 1
 
 
-@pytest.mark.skipif(
-    torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available(),
-    reason="this machine has an accelerator",
-)
+@pytest.mark.usefixtures("no_accelerator")
 def test_a_model_without_devices_says_that_it_runs_alone_and_what_to_pass():
     with pytest.warns(
         UserWarning, match=r"no GPU or other accelerator.*runs the module itself.*device_ids=\['cpu'"

@@ -147,6 +147,24 @@ def test_a_first_operation_in_place_after_another_model_equals_the_whole_batch(f
     torch.testing.assert_close(results[1], results[0], **EXACT)
 
 
+def test_an_input_that_a_parameter_changes_in_place_gets_the_history_of_the_change():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(1.0, 5.0).double())
+
+        def forward(self, x):
+            return x.mul_(self.weight).sin()
+
+    results = []
+    for wrap in wrappers():
+        x, scale = torch.arange(24.0).view(6, 4).double(), Scale()
+        output = wrap(scale)(x)
+        (output + x.cos()).sum().backward()
+        results.append([x.detach(), scale.weight.grad])
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+
+
 def test_an_input_whose_values_were_saved_before_is_torchs_own_error():
     for wrap in wrappers():
         x = torch.randn(6, 4).double().requires_grad_()

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import threading
 import types
 import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
@@ -402,45 +401,19 @@ def test_replication_changes_no_attribute_of_the_module(base):
     assert net.kept["a"][0] is net.linear
 
 
-class StockLoop(nn.DataParallel):
-    """Replicates as torch does, on the CPU."""
+def test_replicas_of_a_patched_data_parallel_run_their_own_copies_too(base, foreign):
+    class AsTorch(foreign):
+        def replicate(self, module, device_ids):
+            replicas = []
+            for _ in device_ids:
+                copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
+                for m, made in copies.items():
+                    made._modules = {key: copies[child] for key, child in m._modules.items()}
+                    made._parameters, made._buffers = dict(m._parameters), dict(m._buffers)
+                replicas.append(copies[module])
+            return replicas
 
-    def __init__(self, module):
-        nn.Module.__init__(self)
-        self.module, self.device_ids, self.output_device, self.dim = module, [0, 1], 0, 0
-        self.src_device_obj = torch.device("cpu")
-
-    def scatter(self, inputs, kwargs, device_ids):
-        return [(chunk,) for chunk in inputs[0].chunk(2)], [kwargs] * 2
-
-    def replicate(self, module, device_ids):
-        replicas = []
-        for _ in device_ids:
-            copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
-            for m, made in copies.items():
-                made._modules = {key: copies[child] for key, child in m._modules.items()}
-                made._parameters, made._buffers = dict(m._parameters), dict(m._buffers)
-            replicas.append(copies[module])
-        return replicas
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        outputs = {}
-        threads = [
-            threading.Thread(target=lambda i=i: outputs.update({i: replicas[i](*inputs[i])})) for i in (0, 1)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return [outputs[0], outputs[1]]
-
-    def gather(self, outputs, output_device):
-        return torch.cat(outputs)
-
-
-def test_replicas_of_a_patched_data_parallel_run_their_own_copies_too(base):
     kind = type("Net", (base,), through(set_way(CALLED["closure in a closure"])))
     x = torch.randn(7, 3, dtype=torch.float64)
-    torch.testing.assert_close(
-        patch_replication_callback(StockLoop(kind()))(x), kind()(x), rtol=0, atol=1e-13
-    )
+    actual = patch_replication_callback(AsTorch(kind(), 2))(x)
+    torch.testing.assert_close(actual, kind()(x), rtol=0, atol=1e-13)

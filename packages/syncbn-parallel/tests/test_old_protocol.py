@@ -1,7 +1,7 @@
 """Layers written for the vendored packages: a SyncMaster of their own, which they put on the context."""
 
+import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,42 +61,18 @@ class Picky(nn.Module):
         return self.inner(x)
 
 
-class Threads(nn.DataParallel):
-    """What somebody else wrote, which waits for all threads before it looks at any error."""
-
-    def __init__(self, module):
-        nn.Module.__init__(self)
-        self.module, self.device_ids, self.output_device, self.dim = module, [0, 1, 2], 0, 0
-        self.src_device_obj = torch.device("cpu")
-
-    def scatter(self, inputs, kwargs, device_ids):
-        return [(chunk,) for chunk in inputs[0].chunk(3)], [kwargs] * 3
-
-    def replicate(self, module, device_ids):
-        return replicas_of(module, ["cpu"] * 3)
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        with ThreadPoolExecutor(3) as pool:
-            jobs = [pool.submit(replica, *own) for replica, own in zip(replicas, inputs)]
-        self.errors = [job.exception() for job in jobs]
-        return [job.result() for job in jobs]
-
-    def gather(self, outputs, output_device):
-        return torch.cat(outputs)
-
-
-WRAPPERS = [
-    lambda module: DataParallelWithCallback(module, ["cpu"] * 3, timeout=SECONDS),
-    lambda module: patch_replication_callback(Threads(module)),
-]
-wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=["ours", "patched"])
+@pytest.fixture(params=["ours", "patched"])
+def wrap(request, foreign):
+    """Return what wraps a module for three replicas."""
+    if request.param == "ours":
+        return lambda module: DataParallelWithCallback(module, ["cpu"] * 3, timeout=SECONDS)
+    return lambda module: patch_replication_callback(foreign(module, 3))
 
 
 def whole(x):
     return x - x.mean(0)
 
 
-@wrappers
 def test_it_computes_the_whole_batchs_mean_step_after_step_in_training_and_evaluation(wrap):
     x, layer = torch.randn(6, 3).double(), BatchMean()
     model = wrap(layer)
@@ -106,7 +82,6 @@ def test_it_computes_the_whole_batchs_mean_step_after_step_in_training_and_evalu
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-13)
 
 
-@wrappers
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_replica_that_raises_before_such_a_layer_stops_the_others_and_the_next_batch_is_good(wrap, rank):
     error = ValueError("bad batch")
@@ -122,7 +97,6 @@ def test_a_replica_that_raises_before_such_a_layer_stops_the_others_and_the_next
         torch.testing.assert_close(model(x), whole(x), rtol=0, atol=1e-13)
 
 
-@wrappers
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_replica_that_returns_early_stops_the_others_and_the_next_batch_is_good(wrap, rank):
     model = wrap(nn.Sequential(Picky(BatchMean())))
@@ -135,7 +109,6 @@ def test_a_replica_that_returns_early_stops_the_others_and_the_next_batch_is_goo
         torch.testing.assert_close(model(x), whole(x), rtol=0, atol=1e-13)
 
 
-@wrappers
 def test_a_replica_that_raises_behind_such_a_layer_spoils_no_later_batch(wrap):
     class After(nn.Module):
         def forward(self, x):
@@ -162,8 +135,6 @@ def test_a_layer_that_is_called_twice_meets_twice():
 
 @pytest.mark.usefixtures("interrupts_raise")
 def test_an_interrupt_of_the_caller_ends_a_wait_at_such_a_layer():
-    import signal
-
     waiting, over = threading.Event(), threading.Event()
 
     class Busy(nn.Module):

@@ -2,58 +2,13 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 from torch import nn
 
 from syncbn_comm import BrokenSyncError
-from syncbn_parallel import DataParallelWithCallback, patch_replication_callback, replicate
-
-
-class Foreign(nn.DataParallel):
-    """Overrides everything, as code does that runs where nn.DataParallel does not: on the CPU.
-
-    Like torch's, its ``parallel_apply`` waits for all threads before it looks at any exception.
-    """
-
-    def __init__(self, module, replicas):
-        nn.Module.__init__(self)
-        self.module = module
-        self.device_ids = list(range(replicas))
-        self.output_device, self.dim = 0, 0
-        self.src_device_obj = torch.device("cpu")
-
-    def scatter(self, inputs, kwargs, device_ids):
-        chunks = [(chunk,) for chunk in inputs[0].chunk(len(device_ids))]
-        return chunks, [kwargs] * len(chunks)
-
-    def replicate(self, module, device_ids):
-        assert module is self.module
-        return replicate(module, ["cpu"] * len(device_ids))
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        outcomes = [None] * len(replicas)
-
-        def work(i):
-            try:
-                outcomes[i] = replicas[i](*inputs[i], **kwargs[i])
-            except Exception as error:
-                outcomes[i] = error
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(replicas))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        self.errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        if self.errors:
-            raise self.errors[0]
-        return outcomes
-
-    def gather(self, outputs, output_device):
-        return torch.cat(outputs)
+from syncbn_parallel import DataParallelWithCallback, patch_replication_callback
 
 
 class Failing(nn.Module):
@@ -74,18 +29,18 @@ class Failing(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [6, 5, 2, 1])
-def test_a_patched_foreign_class_synchronizes(centred_net, batch):
-    model = patch_replication_callback(Foreign(centred_net(), 3))
+def test_a_patched_foreign_class_synchronizes(centred_net, batch, foreign):
+    model = patch_replication_callback(foreign(centred_net(), 3))
     x = torch.randn(batch, 4).double()
     torch.testing.assert_close(model(x), centred_net()(x), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("at", [0, 3, 9])
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_failure_in_a_patched_foreign_class_reaches_everybody(centred_net, at, rank):
+def test_a_failure_in_a_patched_foreign_class_reaches_everybody(centred_net, at, rank, foreign):
     fault = {"rank": rank, "error": ValueError("out of luck")}
     net = centred_net().insert(at, Failing(fault))
-    model = patch_replication_callback(Foreign(net, 3))
+    model = patch_replication_callback(foreign(net, 3))
     x = torch.randn(6, 4).double()
     with pytest.raises((ValueError, BrokenSyncError)):
         model(x)
@@ -100,7 +55,7 @@ def test_a_failure_in_a_patched_foreign_class_reaches_everybody(centred_net, at,
     torch.testing.assert_close(model(x), centred_net()(x), rtol=0, atol=1e-13)
 
 
-def test_a_hook_that_raises_reaches_the_others_in_a_patched_foreign_class(centred_net):
+def test_a_hook_that_raises_reaches_the_others_in_a_patched_foreign_class(centred_net, foreign):
     net = centred_net()
 
     def hook(module, args):
@@ -109,20 +64,20 @@ def test_a_hook_that_raises_reaches_the_others_in_a_patched_foreign_class(centre
 
     net.register_forward_pre_hook(hook)
     with pytest.raises((ValueError, RuntimeError)):
-        patch_replication_callback(model := Foreign(net, 3))(torch.zeros(6, 4).double())
+        patch_replication_callback(model := foreign(net, 3))(torch.zeros(6, 4).double())
     assert [str(error) for error in model.errors if isinstance(error, ValueError)] == ["hooked"]
     assert len(model.errors) == 3
 
 
-def test_patching_returns_the_object_and_changes_no_other(centred_net):
-    model, other = Foreign(centred_net(), 2), Foreign(centred_net(), 2)
+def test_patching_returns_the_object_and_changes_no_other(centred_net, foreign):
+    model, other = foreign(centred_net(), 2), foreign(centred_net(), 2)
     assert patch_replication_callback(model) is model
     assert "replicate" in vars(model)
     assert "replicate" not in vars(other)
     assert "replicate" not in vars(nn.Module)
 
 
-def test_patching_twice_calls_the_callbacks_once():
+def test_patching_twice_calls_the_callbacks_once(foreign):
     calls = []
 
     class Recorder(nn.Module):
@@ -132,14 +87,14 @@ def test_patching_twice_calls_the_callbacks_once():
         def forward(self, x):
             return x
 
-    model = patch_replication_callback(patch_replication_callback(Foreign(Recorder(), 2)))
+    model = patch_replication_callback(patch_replication_callback(foreign(Recorder(), 2)))
     model(torch.ones(4))
     assert calls == [0, 1]
 
 
-def test_a_replicate_set_on_the_object_is_kept():
+def test_a_replicate_set_on_the_object_is_kept(foreign):
     calls = []
-    model = Foreign(nn.Linear(2, 2), 2)
+    model = foreign(nn.Linear(2, 2), 2)
     original = model.replicate
 
     def own(module, device_ids):
@@ -152,8 +107,8 @@ def test_a_replicate_set_on_the_object_is_kept():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_and_pickles_are_patched_and_replicate_their_own_module(duplicate):
-    model = patch_replication_callback(Foreign(nn.Linear(2, 2), 2))
+def test_copies_and_pickles_are_patched_and_replicate_their_own_module(duplicate, foreign):
+    model = patch_replication_callback(foreign(nn.Linear(2, 2), 2))
     again = duplicate(model)
     assert again.replicate is not model.replicate
     with torch.no_grad():
@@ -163,10 +118,10 @@ def test_copies_and_pickles_are_patched_and_replicate_their_own_module(duplicate
     assert not model(torch.ones(4, 2)).eq(0).all()
 
 
+@pytest.mark.usefixtures("no_accelerator")
 def test_a_stock_data_parallel_without_gpu_still_runs_its_module_alone():
     model = patch_replication_callback(nn.DataParallel(nn.Linear(4, 2)))
-    if not torch.cuda.is_available():
-        assert model(torch.ones(3, 4)).shape == (3, 2)
+    assert model(torch.ones(3, 4)).shape == (3, 2)
 
 
 def test_data_parallel_with_callback_needs_no_patch():

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncbn_parallel import DataParallelWithCallback, patch_replication_callback, replicate
+from syncbn_parallel import DataParallelWithCallback, patch_replication_callback
 
 # torch says this of itself where it first needs a derivative in forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
@@ -22,27 +22,6 @@ X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.fl
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-
-
-class Foreign(nn.DataParallel):
-    """What runs where nn.DataParallel does not: on the CPU, one replica after the other."""
-
-    def __init__(self, module):
-        nn.Module.__init__(self)
-        self.module, self.device_ids, self.output_device, self.dim = module, [0, 1], 0, 0
-        self.src_device_obj = torch.device("cpu")
-
-    def scatter(self, inputs, kwargs, device_ids):
-        return [(chunk,) for chunk in inputs[0].chunk(2)], [kwargs] * 2
-
-    def replicate(self, module, device_ids):
-        return replicate(module, ["cpu"] * 2)
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        return [replica(*own) for replica, own in zip(replicas, inputs)]
-
-    def gather(self, outputs, output_device):
-        return torch.cat(outputs)
 
 
 def loss(model):
@@ -62,9 +41,13 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("wrap", [lambda m: DataParallelWithCallback(m, ["cpu"] * 2), lambda m: Foreign(m)])
-def test_a_function_transform_around_replicas_is_an_error_that_says_what_to_do(transform, wrap):
-    model = patch_replication_callback(wrap(net()))
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_function_transform_around_replicas_is_an_error_that_says_what_to_do(transform, ours, foreign):
+    model = (
+        DataParallelWithCallback(net(), ["cpu"] * 2)
+        if ours
+        else patch_replication_callback(foreign(net(), 2))
+    )
     with pytest.raises(RuntimeError, match=r"outside of function transforms.*attribute \.module"):
         TRANSFORMS[transform](model)
     torch.testing.assert_close(model(X), net()(X))

@@ -40,6 +40,8 @@ class CallbackContext:
         group: as above.
     """
 
+    __module__ = "syncbn_parallel"  # where users import it from
+
     num_replicas: int
     devices: tuple[torch.device, ...]
     group: ReplicaGroup

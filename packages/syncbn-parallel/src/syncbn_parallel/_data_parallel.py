@@ -77,6 +77,8 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         torch.Size([10, 2])
     """
 
+    __module__ = "syncbn_parallel"  # where users import it from, for pickles and messages
+
     def __init__(
         self,
         module: _M,

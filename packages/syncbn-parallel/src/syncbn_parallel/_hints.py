@@ -14,11 +14,9 @@ from syncbn_parallel._module_tree import named_submodules
 
 
 def warn_the_caller(message: str) -> None:
-    """Warn at the line that has called torch or this package."""
+    """Warn at the line that has called torch or one of these packages."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("torch.", "syncbn_parallel.")
-    ):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "syncbn_")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 

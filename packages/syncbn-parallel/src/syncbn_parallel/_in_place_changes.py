@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn_parallel._containers import parts_of
+from syncbn_parallel._devices import moved
 from syncbn_parallel._module_tree import named_submodules
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -104,8 +105,8 @@ class InputChanges:
     """Carries changes in place of the replicas' inputs over to the tensors that they are chunks of.
 
     A module may begin with an operation in place, such as ``nn.ReLU(inplace=True)``. In the single model this
-    changes the caller's tensor. So it does here, where the chunks share its memory; but autograd does not
-    know, as the chunks are no views.
+    changes the caller's tensor. Here a chunk on the tensor's device shares its memory; but autograd does not
+    know, as a chunk is no view, and a chunk on another device is a copy.
 
     Args:
         arguments: those of the model.
@@ -113,14 +114,16 @@ class InputChanges:
     """
 
     def __init__(self, arguments: Any, calls: Sequence[Any]) -> None:
-        self._chunks: list[tuple[Tensor, list[Tensor], list[int]]] = []
+        self._chunks: list[tuple[Tensor, list[Tensor], list[int], bool]] = []
         columns = [list(_tensors(call)) for call in calls]
         tensors = list(_tensors(arguments))
         if {len(tensors)} != set(map(len, columns)):
             return  # an override of `scatter` has done something else
         for tensor, *chunks in zip(tensors, *columns):
-            if all(_is_unsafe_chunk(chunk, tensor) for chunk in chunks):
-                self._chunks.append((tensor, chunks, [chunk._version for chunk in chunks]))
+            shared = [_shares_memory(chunk, tensor) for chunk in chunks]
+            if any(shared) and not any(chunk.is_inference() for chunk in chunks):
+                versions = [chunk._version for chunk in chunks]
+                self._chunks.append((tensor, chunks, versions, all(shared)))
 
     def carry_over(self, dim: int) -> None:
         """Make the caller's tensors and their gradients what they would be after the single model.
@@ -128,13 +131,14 @@ class InputChanges:
         Args:
             dim: the batch dimension.
         """
-        for tensor, chunks, versions in self._chunks:
+        for tensor, chunks, versions, all_shared in self._chunks:
             if [chunk._version for chunk in chunks] == versions:
                 continue
-            if tensor.requires_grad and torch.is_grad_enabled():
-                tensor.copy_(torch.cat(chunks, dim))  # the same numbers, with the history of the chunks
-            else:
+            has_history = torch.is_grad_enabled() and any(chunk.requires_grad for chunk in chunks)
+            if all_shared and not has_history:
                 torch.autograd.graph.increment_version(tensor)
+            else:  # with the numbers in place already, this is for the history
+                tensor.copy_(torch.cat([moved(chunk, tensor.device) for chunk in chunks], dim))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -145,9 +149,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _is_unsafe_chunk(chunk: Tensor, tensor: Tensor) -> bool:
+def _shares_memory(chunk: Tensor, tensor: Tensor) -> bool:
     """Return whether ``chunk`` shares the memory of ``tensor`` without being a view of it."""
-    if chunk is tensor or chunk.device != tensor.device or chunk._base is not None or chunk.is_inference():
+    if chunk is tensor or chunk.device != tensor.device or chunk._base is not None:
         return False
     if chunk.layout is not torch.strided or tensor.layout is not torch.strided:
         return False

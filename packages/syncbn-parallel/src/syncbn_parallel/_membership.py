@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -148,12 +148,14 @@ def first_failure(errors: Sequence[BaseException | None], group: ReplicaGroup) -
     return next((error for error in raised if error is group.failure), raised[0] if raised else None)
 
 
-_member_classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+# Weak on both sides, as a subclass keeps its base class.
+_member_classes: WeakKeyDictionary[type, weakref.ref[type]] = WeakKeyDictionary()
 
 
 def _member_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of ``kind``, which has a ``__call__`` of its own, whose call is that of a member."""
-    made = _member_classes.get(kind)
+    known = _member_classes.get(kind)
+    made = None if known is None else known()
     if made is None:
 
         def call_as_member(replica: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -161,8 +163,9 @@ def _member_class(kind: type[nn.Module]) -> type[nn.Module]:
 
         names = {"__call__": call_as_member, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
         metaclass: Any = type(kind)
-        made = _member_classes[kind] = metaclass(kind.__name__, (kind,), names)
-    return made
+        made = metaclass(kind.__name__, (kind,), names)
+        _member_classes[kind] = weakref.ref(made)
+    return cast(type[nn.Module], made)
 
 
 def _layer_of(error: BaseException, replica: nn.Module) -> str:

@@ -30,7 +30,7 @@ _LEAVES = frozenset(
 )
 
 # Of the attributes that nn.Module itself keeps, only the hooks can lead to a module by a way of their own.
-_HOOKS = tuple(key for key in STANDARD_ATTRIBUTES if "hooks" in key and "dict" not in key)
+_HOOKS = tuple(sorted(key for key in STANDARD_ATTRIBUTES if "hooks" in key and "dict" not in key))
 _FORWARD_HOOKS = tuple(key for key in _HOOKS if "forward" in key)
 
 _STOCK_COPY = nn.Module._replicate_for_data_parallel

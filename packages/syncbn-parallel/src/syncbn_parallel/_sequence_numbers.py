@@ -1,9 +1,9 @@
-"""One order in which autograd adds up gradients, in every run.
+"""Sequence numbers of autograd nodes, which decide in which order gradients are added.
 
-Of the nodes that are ready, autograd takes the one with the highest sequence number first, and the numbers
-come from a counter of the *thread* that made the node. In threads that did other things before, the same
-gradients would be added in another order, with another rounding. So all threads of a forward start from one
-number.
+Of the nodes that are ready, autograd runs the one with the highest sequence number first. The numbers come
+from a counter of the *thread* that made the node. If the threads did different things before, autograd would
+add the same gradients in another order and round them differently. So all threads of a forward start from
+one number.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ sequence_number = torch._C._autograd._get_sequence_nr
 def raise_sequence_number(target: int) -> None:
     """Raise this thread's counter to ``target``; a higher one stays as it is.
 
-    The counter cannot be set, its numbers can only be used up. A node of no graph does that in 0.1
-    microseconds: little beside the work of the thread whose counter it follows, which used its numbers on
+    The counter cannot be set. Its numbers can only be used up, by making nodes that belong to no graph, which
+    takes 0.1 microseconds each. That is little beside the work of the thread that used the same numbers for
     real nodes.
     """
     missing = target - sequence_number()

@@ -21,7 +21,7 @@ _SLICE = 0.5  # seconds
 
 
 class Job:
-    """A call on a worker thread. When it has ended it has a ``result``, or the ``error`` that it raised."""
+    """A call on a worker thread. After its end it has a ``result``, or the ``error`` that it raised."""
 
     def __init__(self, call: Callable[[], Any], among: _Unfinished) -> None:
         self._call = call
@@ -45,12 +45,12 @@ class Job:
 
 
 class _Unfinished:
-    """How many of some calls have not ended, to wait for the last of them."""
+    """Counts the calls of one forward that have not ended, and waits for the last one."""
 
     def __init__(self, number: int) -> None:
         self._number = number
         self._lock = threading.Lock()
-        self._none = threading.Lock()  # held while there is one
+        self._none = threading.Lock()  # held while a call runs
         self._none.acquire()
 
     def end(self) -> None:
@@ -61,8 +61,8 @@ class _Unfinished:
                 self._none.release()
 
     def wait(self) -> None:
-        """Wait until all have ended: once, not for one after the other."""
-        # In slices: a signal that arrives on the way into a wait does not end it.
+        """Wait until all calls have ended: a single wait for all of them."""
+        # In slices: a signal that arrives just before a wait begins does not end it.
         while self._number:
             self._none.acquire(True, _SLICE)
 
@@ -120,7 +120,7 @@ class _Worker:
 
     def start(self, job: Job, start_number: int) -> None:
         self._job, self._start_number = job, start_number
-        job.started = True  # directly before the release: no signal handler can run in between
+        job.started = True  # directly before the release, so that no signal handler runs in between
         self._wake.release()
 
     def _run(self) -> None:
@@ -132,14 +132,14 @@ class _Worker:
             job.run(self._start_number)
             self.sequence_number = sequence_number()
             unfinished = job.among
-            del job  # a thread that waits for the next forward keeps nothing of the last one alive
+            del job  # or this thread, which now waits, would keep the last forward alive
             _pool.give_back(self)
             unfinished.end()
             del unfinished
 
 
 class _Pool:
-    """The workers that have nothing to do, by their number of intra-op threads.
+    """The idle workers, by their number of intra-op threads.
 
     A worker keeps the number that it began with, because a change tears down the thread's OpenMP team.
     """
@@ -169,8 +169,8 @@ class _Pool:
     def limit_this_thread(self, share: int) -> None:
         """Set the number of intra-op threads of this new thread, and of no other.
 
-        ``torch.set_num_threads`` also makes its number the one that every later thread of the process begins
-        with. Another new thread sets back what this one began with.
+        ``torch.set_num_threads`` also sets the number with which every later thread of the process begins. So
+        another new thread sets this back to what it was.
         """
         with self._limiting:
             default = torch.get_num_threads()
@@ -184,7 +184,7 @@ _pool = _Pool()
 
 
 def _forget_workers() -> None:
-    """Start anew in a child process: of all threads, only the one that called ``fork`` lives on in it."""
+    """Start with no workers in a child process, which has only the thread that called ``fork``."""
     global _pool
     _pool = _Pool()
 
