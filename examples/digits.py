@@ -21,6 +21,7 @@ visible is the difference between the models.
 import argparse
 import copy
 import platform
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,8 @@ def train(runs: list[Run], epochs: int, dtype: torch.dtype) -> None:
     """Take the runs through the same batches, side by side."""
     test_scenes = Scenes(test=True, dtype=dtype).draw(200, torch.Generator().manual_seed(2))
     whole = runs[0]
+    # One of the runs does not synchronize on purpose.
+    warnings.filterwarnings("ignore", "expected batch-norm layers that synchronize")
     for run in runs:
         run.start(epochs * STEPS_PER_EPOCH)
     progress = tqdm(batches(epochs, dtype), total=epochs * STEPS_PER_EPOCH, unit="step", mininterval=1)

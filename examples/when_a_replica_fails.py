@@ -68,7 +68,7 @@ def show(kind: type[TwoNorms]) -> None:
     images_with_black = images.clone()
     images_with_black.chunk(4)[BLACK_REPLICA].zero_()
 
-    print(f"--- {kind.__name__}: replica {BLACK_REPLICA} of 4 gets black images")
+    print(f"--- {kind.__name__}: replica {BLACK_REPLICA} (of 0 to 3) gets black images")
     try:
         model(images_with_black)
     except Exception as error:

@@ -43,9 +43,8 @@ def folder_of(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    "name", ["layer", *(pytest.param(n, marks=pytest.mark.full) for n in ("rounds", "model", "replication"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["layer", "rounds", "model", "replication"])
 def test_every_variant_is_timed_in_blocks_and_in_turns_under_every_setting(name, folder_of):
     tables = tables_of((folder_of(name) / f"{name}.md").read_text())
     conditions = {}
@@ -64,6 +63,7 @@ def test_every_variant_is_timed_in_blocks_and_in_turns_under_every_setting(name,
     assert (folder_of(name) / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_plain_operations(folder_of):
     rows = tables_of((folder_of("layer") / "layer.md").read_text())["Memory"]
     assert {"2 synchronized", "4 plain ops"} < {row[1] for row in rows}
@@ -73,9 +73,10 @@ def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_pla
         assert (0 <= beyond < 50) == ("plain" not in variant)
 
 
-def test_a_chart_is_drawn_anew_from_its_table(folder_of, tmp_path):
-    table = tmp_path / "layer.md"
-    table.write_text((folder_of("layer") / "layer.md").read_text())
+@pytest.mark.parametrize("name", ["layer", "model"])
+def test_a_chart_is_drawn_anew_from_its_table(name, tmp_path):
+    table = tmp_path / f"{name}.md"
+    table.write_text((BENCHMARKS / "results" / f"{name}.md").read_text())
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "report.py"), str(table)],
         capture_output=True,

@@ -29,7 +29,9 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
         call = node.exc if isinstance(node, ast.Raise) else node
         if not isinstance(call, ast.Call) or not call.args:
             continue
-        if isinstance(node, ast.Raise) or ast.unparse(call.func).endswith("warn"):
+        # An error may also be made in one place and raised in another.
+        name = ast.unparse(call.func)
+        if isinstance(node, ast.Raise) or name.endswith(("Error", "warn", "warn_the_caller")):
             yield node.lineno, literal(call.args[0])
 
 

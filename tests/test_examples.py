@@ -22,6 +22,7 @@ def run(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.full
 def test_the_synchronized_run_on_digits_follows_the_whole_batch_and_the_other_does_not(tmp_path):
     for package in ("sklearn", "tqdm", "matplotlib"):
         pytest.importorskip(package)

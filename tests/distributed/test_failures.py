@@ -37,7 +37,7 @@ def run_into_it(world, event):
         return str(error), error.__notes__
 
 
-@pytest.mark.parametrize("event", ["dies", "raises"])
+@pytest.mark.parametrize("event", [pytest.param("dies", marks=pytest.mark.full), "raises"])
 def test_all_replicas_of_the_others_get_an_error_that_names_the_layer(event, new_processes):
     survivor, other = new_processes(2, GROUP_SECONDS).outcomes(run_into_it, event)
     message, notes = survivor["result"]

@@ -5,6 +5,7 @@ Each module here needs libraries that one session installs: ``nox -s ecosystem``
 
 import copy
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -95,7 +96,9 @@ def without_synchronization(
 ) -> str:
     """What the same replicas make of the model as it is: how far the output is off, if there is one."""
     try:
-        outputs = train_step(DataParallelWithCallback(model, ["cpu"] * 4), x, weighted_sum)[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "expected batch-norm layers that synchronize")
+            outputs = train_step(DataParallelWithCallback(model, ["cpu"] * 4), x, weighted_sum)[0]
     except ValueError:  # the replica with one sample of one pixel: "Expected more than 1 value per channel"
         return "ValueError"
     return f"{distance(outputs, expected):.0e}"

@@ -17,10 +17,9 @@ class Backbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, norm_layer=torchvision.ops.FrozenBatchNorm2d
+        self.backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
+            backbone_name="resnet18", weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d
         )
-        self.backbone = detector.backbone
         self.head = nn.BatchNorm2d(256)
 
     def forward(self, images: Tensor) -> Tensor:
