@@ -10,18 +10,18 @@ import torch
 
 from syncbn_core import SynchronizedBatchNorm1d, _apart, _cpu, _together
 
-ALL_LARGE = pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
+ALL_LARGE = pytest.mark.parametrize("graph_kind", ["one node"], indirect=True)
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 PARAMETERS = pytest.mark.parametrize("parameters", [{}, {"bias": False}, {"affine": False}], ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _where_it_is_possible(together_or_apart):
+def _where_it_is_possible(way):
     """Where torch does not tell whether what is saved is intercepted, these tests are skipped."""
 
 
 @LAYOUTS
-@pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)  # the limit that users have
+@pytest.mark.parametrize("graph_kind", ["joined"], indirect=True)  # the limit that users have
 def test_batches_that_are_large_indeed_are_not_joined(
     layout, layer_of, chunks_of, assert_equals_whole_batch, joined, reduced
 ):
