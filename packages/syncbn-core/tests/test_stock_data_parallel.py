@@ -225,9 +225,9 @@ class Context:
 
 def test_a_context_that_knows_no_group_changes_nothing(replicate, run_threads):
     replicas = replicate(make_model(), 2)
-    context = Context()
+    contexts = [Context(), Context()]
     for rank, replica in enumerate(replicas):
-        for layer in (replica[0], replica[2]):
+        for layer, context in zip((replica[0], replica[2]), contexts):
             layer.__data_parallel_replicate__(context, rank)
     inputs = make_inputs(2, 2)
     outputs = run_threads(lambda rank: replicas[rank][0](inputs[rank]), 2)
@@ -236,7 +236,7 @@ def test_a_context_that_knows_no_group_changes_nothing(replicate, run_threads):
 
 
 def test_replicas_that_cannot_be_told_apart_are_an_error_that_names_the_way_out():
-    layers = [SynchronizedBatchNorm1d(3) for _ in range(2)]
+    layers = [SynchronizedBatchNorm1d(3, affine=False) for _ in range(2)]
     twice, thrice = (
         [layer._replicate_for_data_parallel() for _ in range(n)] for layer, n in zip(layers, (2, 3))
     )

@@ -41,7 +41,8 @@ def test_the_others_get_an_error_that_names_the_layer(event, phase, new_processe
     survivor, other = new_processes(2, GROUP_SECONDS).outcomes(train_until, event, phase)
     message, _, has_cause = survivor["result"]
     start = (
-        f"process 0 of 2 could not synchronize with the others in the {phase} of 'SynchronizedBatchNorm2d': "
+        f"process 0 (of 0 to 1) could not synchronize with the others in the {phase} "
+        f"of 'SynchronizedBatchNorm2d' (call 1): "
     )
     assert message.startswith(start)
     assert len(message) > len(start)
