@@ -627,22 +627,35 @@ def test_hooks_of_one_replica_see_what_that_replica_saves_and_nothing_else(
     assert {t.data_ptr() for t in seen if t.dim() == 4} == {own[0].data_ptr()}
 
 
+@pytest.mark.parametrize("needs_input_gradients", [True, False], ids=["dx", "no dx"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("without", [[0], [2], [0, 1, 2]], ids=str)
-def test_without_grad_mode_there_is_no_graph_and_the_running_statistics_move(
-    without, layer_of, chunks_of, stock_twin, as_one_batch, replicas_of, taken
+def test_a_replica_without_grad_mode_has_no_graph_and_changes_nothing_for_the_others(
+    without, fused, needs_input_gradients, layer_of, chunks_of, leaves_of, stock_twin, as_one_batch, replicas_of,
+    loss_of, taken,
 ):
-    layer, chunks = layer_of(), chunks_of(2, 1, 3)
+    layer, chunks = layer_of(fused=fused), chunks_of(2, 1, 3)
     twin = stock_twin(layer, 2)
+    inputs, expected = ([x.requires_grad_(needs_input_gradients) for x in leaves_of(chunks)] for _ in range(2))
 
     def forward(replica, rank):
         with torch.set_grad_enabled(rank not in without):
-            return replica(chunks[rank])
+            return replica(inputs[rank])
 
     outputs = replicas_of(layer, 3).run(forward)
     assert taken == []
     assert [y.requires_grad for y in outputs] == [rank not in without for rank in range(3)]
-    torch.testing.assert_close(outputs, as_one_batch(twin, chunks), **TIGHT)
+    wholes = as_one_batch(twin, expected)
+    torch.testing.assert_close(outputs, wholes, **TIGHT)
     torch.testing.assert_close(dict(layer.state_dict()), dict(twin.state_dict()), **TIGHT)
+    with_graph = [rank for rank in range(3) if rank not in without]
+    if with_graph:
+        loss_of(outputs[rank] for rank in with_graph).backward()
+        loss_of(wholes[rank] for rank in with_graph).backward()
+        for rank in with_graph:
+            torch.testing.assert_close(inputs[rank].grad, expected[rank].grad, **TIGHT)
+        for ours, theirs in zip(layer.parameters(), twin.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, **TIGHT)
 
 
 class OtherMaster(SynchronizedBatchNorm2d):
