@@ -236,10 +236,12 @@ def test_a_context_that_knows_no_group_changes_nothing(replicate, run_threads):
 
 
 def test_replicas_that_cannot_be_told_apart_are_an_error_that_names_the_way_out():
-    layers = [SynchronizedBatchNorm1d(3, affine=False) for _ in range(2)]
+    layers = [SynchronizedBatchNorm1d(3) for _ in range(2)]
     twice, thrice = (
         [layer._replicate_for_data_parallel() for _ in range(n)] for layer, n in zip(layers, (2, 3))
     )
+    for replica in (*twice, *thrice):
+        replica._parameters = {"weight": None, "bias": None}
     with pytest.raises(RuntimeError, match=REMEDY):
         twice[0](torch.randn(2, 3))
     with pytest.raises(RuntimeError, match=REMEDY):
