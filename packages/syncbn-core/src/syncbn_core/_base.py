@@ -328,7 +328,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     def _check_arithmetic(self, input: Tensor) -> None:
         """Refuse what torch's own layer refuses in training."""
         if self.eps <= 0:
-            raise ValueError(f"batch_norm eps must be positive, but got {self.eps} at {self._where()!r}")
+            raise ValueError(f"batch_norm eps must be positive during training, but got {self.eps} at {self._where()!r}")
         allowed = (input.dtype, compute_dtype(input.dtype))
         for name in ("weight", "bias", "running_mean", "running_var"):
             tensor = getattr(self, name)
