@@ -117,3 +117,42 @@ def test_a_forward_of_a_fork_may_add_to_ours(chunks, run_replicas, replicas_of):
     outputs = replicas_of(ConditionalBatchNorm(3), 3).run(lambda replica, rank: replica(chunks[rank], 3.0))
     plain = run_replicas(SynchronizedBatchNorm2d(3), chunks)
     torch.testing.assert_close(outputs, [3 * y for y in plain])
+
+
+class OldStyle(SynchronizedBatchNorm2d):
+    """Keeps its running statistics by assignment in `_compute_mean_std`, as vendored folders do."""
+
+    def __init__(self, num_features, fraction=0.9, **options):
+        super().__init__(num_features, **options)
+        self.fraction = fraction
+        self.register_buffer("_tmp_running_mean", self.running_mean.clone())
+        self.register_buffer("_running_iter", torch.ones(1))
+        self.register_buffer("_last", None)
+        self.batches = 0
+
+    def _compute_mean_std(self, mean, m2, count):
+        self._tmp_running_mean = self._tmp_running_mean * self.fraction + mean.detach()
+        self._running_iter = self._running_iter * self.fraction + 1
+        self.running_mean = self._tmp_running_mean / self._running_iter
+        self._last = m2.detach() / (count - 1)
+        self.batches += 1
+        return mean, (m2 / count + self.eps) ** -0.5
+
+
+@FUSED
+def test_what_compute_mean_std_assigns_reaches_the_model(fused, chunks, run_replicas):
+    layer = OldStyle(3, fused=fused)
+    storage = layer.running_mean.data_ptr()
+    mean, total, weight = torch.zeros(3), torch.zeros(3), 1.0
+    for number in (1, 2, 3):
+        batches = [chunk * number + number for chunk in chunks]
+        run_replicas(layer, batches)
+        whole = torch.cat(batches)
+        total, weight = 0.9 * total + whole.mean((0, 2, 3)), 0.9 * weight + 1
+        mean = total / weight
+        torch.testing.assert_close(layer.running_mean, mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer._running_iter, torch.tensor([weight]))
+        torch.testing.assert_close(layer._last.float(), whole.var((0, 2, 3)), rtol=1e-5, atol=1e-6)
+        assert layer.batches == number
+    assert layer.running_mean.data_ptr() == storage  # optimizers and averages may hold the buffer
+    assert set(layer.state_dict()) >= {"running_mean", "_tmp_running_mean", "_running_iter", "_last"}

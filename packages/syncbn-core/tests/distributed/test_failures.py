@@ -88,7 +88,11 @@ def go_astray(world, way):
 )
 def test_the_check_says_who_is_where(way, where, new_processes):
     errors = new_processes(2, GROUP_SECONDS, CHECKED).run(go_astray, way)
-    expected = f"expected all processes at one place, got process 0 at {where[0]}, process 1 at {where[1]}"
+    sending = "sending 9 numbers of torch.float64"  # mean, m2 and count of 4 channels
+    expected = (
+        f"expected all processes at one place, got process 0 in {where[0]}, {sending}; "
+        f"process 1 in {where[1]}, {sending}"
+    )
     assert errors == [expected, expected]
 
 
