@@ -50,7 +50,7 @@ def reduce_gradients(
         total = torch.stack(parts[0])  # (2, C)
     elif parts:
         total = torch.stack([each for column in zip(*parts) for each in column])  # (2R, C)
-        total = total.unflatten(0, (2, -1)).sum(1)
+        total = total.view(2, len(parts), -1).sum(1)
     else:  # reached by the chain alone: it has nothing to add, but other processes may
         total = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
     if rounding is not None:  # the kernels took the rounded mean
@@ -70,8 +70,10 @@ def reduce_gradients(
 
 def is_batched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``)."""
-    # Private to torch, which has no public way to ask.
-    return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
+    # Private to torch, which has no public way to ask. Autograd still makes the tensors of its first vmap.
+    functorch = torch._C._functorch
+    kinds = (functorch.is_legacy_batchedtensor, functorch.is_batchedtensor)
+    return any(t is not None and any(is_kind(t) for is_kind in kinds) for t in tensors)
 
 
 def backward_kernels_of(device: torch.device, is_batched: bool) -> Kernels:
