@@ -73,9 +73,10 @@ def test_backward_is_right_in_every_repetition(replicas, ddp, repetitions, proce
 
 
 def repeat_backward_without_chains(world, replicas, ddp):
-    from syncbn_core import _order, _synchronized
+    from syncbn_core import _base
+    from syncbn_core._processes import backward_order
 
-    _synchronized.chain_of = lambda x, group: _order.Chain()  # one for each node
+    _base.chain_of = lambda x, group: backward_order.Chain()  # one for each node
     repeat_backward(world, replicas, ddp)
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -217,52 +218,80 @@ def check(
     return ours
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of a ``pairwise`` matrix ``full``, but for some that cover every pair of parameters."""
+    matrices: dict[Any, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+            matrices.setdefault((item.path, item.originalname), []).append(item)
+    for matrix in matrices.values():
+        bits: dict[Any, int] = {}  # one for each pair of parameters
+        covers: dict[pytest.Item, int] = {}
+        for item in matrix:
+            parameters = [(name, repr(value)) for name, value in item.callspec.params.items()]
+            pairs = combinations(parameters, 2)
+            covers[item] = sum(1 << bits.setdefault(pair, len(bits)) for pair in pairs)
+        uncovered = (1 << len(bits)) - 1
+        while uncovered:
+            # The first of those that cover the most; the same ones in every run.
+            chosen = max(covers, key=lambda item: (covers[item] & uncovered).bit_count())
+            uncovered &= ~covers.pop(chosen)
+        for item in covers:
+            item.add_marker(pytest.mark.full)
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers_for_every_test() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["together", "apart", "three nodes"])
-def together_or_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let small batches be normalised as one; then each for itself, as large ones are; then by three nodes.
+@pytest.fixture(params=["joined", "one node", "three nodes"])
+def graph_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take one node for a joined batch; then one node for several batches; then three nodes.
 
-    The batches of tests are all small. A module opts in by ``pytest.mark.usefixtures``; a test for which
-    there is but one of the ways takes that by an indirect parametrization.
+    The batches of tests are small, so without this fixture all of them would be joined. A module opts in by
+    ``pytest.mark.usefixtures``; a test of one kind alone selects it by an indirect parametrization.
     """
-    if request.param == "three nodes":
+    kind: str = request.param
+    if kind == "three nodes":
         monkeypatch.setattr(_base, "may_be_intercepted", lambda: True)
     elif may_be_intercepted():
-        pytest.skip("this torch does not tell whether what is saved for backward is intercepted")
-    elif request.param == "apart":
+        pytest.skip("this version of torch does not tell whether saved tensors are intercepted")
+    elif kind == "one node":
         monkeypatch.setattr(one_node, "JOINED_UP_TO", -1)
-    way: str = request.param
-    return way
+    return kind
 
 
 @pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many inputs were normalized as one batch, for every time that this was done."""
-    return _shares_of(monkeypatch, joined=True)
+def one_node_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many replicas shared one node, for each time that a node was made."""
+    calls: list[int] = []
+    reduce = one_node.reduce
+
+    def spy(shares: Sequence[Any], how: Any) -> Any:
+        outputs = reduce(shares, how)
+        calls.append(len(shares))
+        return outputs
+
+    monkeypatch.setattr(one_node, "reduce", spy)
+    return calls
 
 
 @pytest.fixture
-def reduced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many replicas with a batch each had one node for all, for every time that this was done."""
-    return _shares_of(monkeypatch, joined=False)
-
-
-def _shares_of(monkeypatch: pytest.MonkeyPatch, *, joined: bool) -> list[int]:
-    lengths: list[int] = []
-    function = one_node._join
+def joined_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many inputs were joined to one batch, for each time that this was done."""
+    calls: list[int] = []
+    join = one_node._join
 
     def spy(shares: Sequence[Any]) -> Any:
-        result = function(shares)
-        if (result is not None) is joined:
-            lengths.append(len(shares))
-        return result
+        batch = join(shares)
+        if batch is not None:
+            calls.append(len(shares))
+        return batch
 
     monkeypatch.setattr(one_node, "_join", spy)
-    return lengths
+    return calls
 
 
 class Form(NamedTuple):

@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 from syncbn_core import SynchronizedBatchNorm2d
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 SIZES = [2, 1, 3]
@@ -169,7 +169,7 @@ def test_a_gradient_that_is_one_number_expanded_is_taken_as_it_is(
     torch.testing.assert_close(torch.cat([chunk.grad for chunk in chunks]), batch.grad, **TIGHT)
 
 
-@pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
+@pytest.mark.parametrize("graph_kind", ["one node"], indirect=True)
 def test_an_input_changed_in_place_before_backward_is_torchs_own_error(layer_of, chunks, run_replicas):
     inputs = [chunk * 1 for chunk in chunks]
     outputs = run_replicas(layer_of(), inputs)
@@ -178,7 +178,7 @@ def test_an_input_changed_in_place_before_backward_is_torchs_own_error(layer_of,
         sum(y.sum() for y in outputs).backward()
 
 
-@pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)
+@pytest.mark.parametrize("graph_kind", ["joined"], indirect=True)
 def test_an_input_that_was_copied_may_be_changed_in_place_before_backward(
     layer_of, chunks, stock_twin, run_replicas, weighted_sum
 ):

@@ -15,7 +15,7 @@ from syncbn_core import (
     set_sbn_eps_mode,
 )
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 WRONG_DIMS = [
@@ -37,7 +37,7 @@ def test_a_layer_needs_a_channel(num_features):
 
 
 def test_an_unknown_eps_mode_is_told_the_known_ones():
-    expected = "expected eps_mode 'plus' or 'clamp', got 'minus'"
+    expected = "expected eps_mode to be one of 'plus', 'clamp', 'clamp_synchronized', got 'minus'"
     with pytest.raises(ValueError, match=expected):
         SynchronizedBatchNorm2d(3, eps_mode="minus")
     with pytest.raises(ValueError, match=expected):
@@ -94,7 +94,12 @@ def test_one_value_per_channel_in_all_replicas_together(replicas, fused, run_rep
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (torch.ones(2, 3, 4, 4).double(), TypeError, r"one dtype in all replicas at 'net.0', got .*float64"),
+        (torch.ones(2, 3, 4, 4).half(), TypeError, r"one dtype in all replicas at 'net.0', got .*float16"),
+        (
+            torch.ones(2, 3, 4, 4).double(),
+            RuntimeError,
+            r"dtype of 'weight' at 'net.0' \(torch.float32\), .* got torch.float64: convert",
+        ),
         (torch.ones(2, 4, 4, 4), ValueError, r"expected 3 channels \(num_features\) at 'net.0', got 4"),
         (torch.ones(2, 3, 4), ValueError, r"expected 4D input at 'net.0', got 3D"),
         (
@@ -103,7 +108,7 @@ def test_one_value_per_channel_in_all_replicas_together(replicas, fused, run_rep
             r"expected a floating-point input at 'net.0', got torch.int32",
         ),
     ],
-    ids=["dtype", "channels", "dimensions", "integers"],
+    ids=["another dtype", "a dtype that the layer has not", "channels", "dimensions", "integers"],
 )
 def test_a_bad_batch_in_one_replica_is_an_error_for_all_and_the_model_goes_on(
     bad, error, message, culprit, fused, replicas_of, assert_equals_whole_batch

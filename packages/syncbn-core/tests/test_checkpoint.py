@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn_core import SynchronizedBatchNorm1d
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 

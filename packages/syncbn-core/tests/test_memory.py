@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn_core import SynchronizedBatchNorm2d, _kernels
+from syncbn_core import SynchronizedBatchNorm2d
+from syncbn_core._autograd import three_nodes
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 C = 3
 LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -94,7 +95,7 @@ def test_what_saved_tensor_hooks_see_is_x_itself_and_vectors(memory_format, repl
 
     outputs = replicas_of(layer, 2).run(forward)
     for rank, x in enumerate(inputs):
-        big = [tensor for tensor in kept[rank] if tensor.numel() > _kernels._ROWS * C]
+        big = [tensor for tensor in kept[rank] if tensor.numel() > three_nodes._ROWS * C]
         assert big
         assert all(tensor.data_ptr() == x.data_ptr() for tensor in big)
     del outputs
@@ -108,17 +109,19 @@ def storages_of_the_size_of(x):
     return {(s.data_ptr(), s.nbytes()) for s in storages if s.nbytes() >= x.untyped_storage().nbytes()}
 
 
-@pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
+@pytest.mark.parametrize("graph_kind", ["one node"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @LAYOUTS
-def test_apart_the_nodes_hold_nothing_else_of_the_size_of_x(memory_format, dtype, run_replicas, reduced):
+def test_one_node_holds_nothing_but_the_inputs_of_the_size_of_x(
+    memory_format, dtype, run_replicas, one_node_calls, joined_calls
+):
     inputs = [
         torch.randn(4, C, 8, 8, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
         for _ in range(2)
     ]
     before = storages_of_the_size_of(inputs[0])
     outputs = run_replicas(SynchronizedBatchNorm2d(C), inputs)
-    assert reduced == [2]
+    assert (one_node_calls, joined_calls) == ([2], [])
     made = {y.untyped_storage().data_ptr() for y in outputs}
     assert len(made) == 2
     assert {address for address, _ in storages_of_the_size_of(inputs[0]) - before} == made
@@ -130,8 +133,8 @@ def test_apart_the_nodes_hold_nothing_else_of_the_size_of_x(memory_format, dtype
     assert {address for address, _ in storages_of_the_size_of(inputs[0]) - before} == made | gradients
 
 
-@pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)
-def test_together_one_copy_of_the_batch_is_held_and_nothing_else_of_the_size_of_x(run_replicas):
+@pytest.mark.parametrize("graph_kind", ["joined"], indirect=True)
+def test_a_joined_batch_is_held_as_one_copy_and_nothing_else_of_the_size_of_x(run_replicas):
     inputs = [torch.randn(4, C, 8, 8, requires_grad=True) for _ in range(2)]
     whole = 2 * inputs[0].untyped_storage().nbytes()
     before = storages_of_the_size_of(inputs[0])

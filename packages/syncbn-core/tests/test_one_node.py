@@ -1,4 +1,4 @@
-"""One node for all replicas does what torch's own layer does on the whole batch, joined or not."""
+"""One autograd node for all replicas makes what torch's own layer makes of the whole batch, joined or not."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn_core import SynchronizedBatchNorm, SynchronizedBatchNorm1d, SynchronizedBatchNorm2d
 
-pytestmark = pytest.mark.parametrize("together_or_apart", ["together", "apart"], indirect=True)
+pytestmark = pytest.mark.parametrize("graph_kind", ["joined", "one node"], indirect=True)
 
 C = 4
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -18,17 +18,9 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 
 
 @pytest.fixture(autouse=True)
-def taken(together_or_apart, joined, reduced):
-    """How many replicas had one node of this way, for every time that it was taken; the other never is."""
-    this, other = (joined, reduced) if together_or_apart == "together" else (reduced, joined)
-    yield this
-    assert other == []
-
-
-@pytest.fixture
-def unless_together(together_or_apart):
-    """What `taken` is where replicas do what only those can have one node that have a batch each."""
-    return lambda *lengths: [] if together_or_apart == "together" else list(lengths)
+def taken(graph_kind, one_node_calls):
+    """How many replicas shared one node, for each time that a node was made."""
+    return one_node_calls
 
 
 def dense(kind):
@@ -187,32 +179,30 @@ def test_gradients_may_come_in_any_layout_and_every_dtype_has_its_digits(
 
 
 @RANKS
-def test_other_spatial_sizes_in_one_replica(rank, layer_of, chunks_of, check, taken, unless_together):
+def test_other_spatial_sizes_in_one_replica(rank, layer_of, chunks_of, check, taken):
     chunks = chunks_of(2, 1, 3)
     (chunks[rank],) = chunks_of(2, spatial=(4, 2))
     check(layer_of(), chunks)
-    assert taken == unless_together(3)
+    assert taken == [3]
 
 
-def test_inputs_of_several_numbers_of_axes(layer_of, chunks_of, check, taken, unless_together):
+def test_inputs_of_several_numbers_of_axes(layer_of, chunks_of, check, taken):
     chunks = [*chunks_of(2, spatial=()), *chunks_of(3, spatial=(4,)), *chunks_of(1, spatial=(2, 3))]
     check(layer_of(SynchronizedBatchNorm), chunks)
-    assert taken == unless_together(3)
+    assert taken == [3]
 
 
 @RANKS
-def test_another_layout_in_one_replica(rank, layer_of, chunks_of, check, taken, unless_together):
+def test_another_layout_in_one_replica(rank, layer_of, chunks_of, check, taken):
     chunks = chunks_of(2, 3, 2)
     chunks[rank] = chunks[rank].contiguous(memory_format=torch.channels_last)
     check(layer_of(), chunks)
-    assert taken == unless_together(3)
+    assert taken == [3]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("odd_one", ["layout", "spatial sizes"])
-def test_replicas_whose_inputs_differ_count_once(
-    odd_one, momentum, layer_of, chunks_of, check, taken, unless_together
-):
+def test_replicas_whose_inputs_differ_count_once(odd_one, momentum, layer_of, chunks_of, check, taken):
     layer = layer_of(momentum=momentum)
     for number in (1, 2, 3):
         first, second = chunks_of(2, 3)
@@ -222,7 +212,7 @@ def test_replicas_whose_inputs_differ_count_once(
             second = second[..., :2].contiguous()
         check(layer, [first, second])
         assert layer.num_batches_tracked == number
-    assert taken == unless_together(2, 2, 2)
+    assert taken == [2, 2, 2]
 
 
 # Means far from zero
@@ -232,14 +222,14 @@ def test_replicas_whose_inputs_differ_count_once(
 @pytest.mark.parametrize("channels", [[0], [3], [0, 1, 2, 3]], ids=str)
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 0.01), (1e4, 1.0), (1e6, 1.0), (-1e6, 1.0)])
 def test_a_mean_far_from_zero_in_any_channel_costs_the_variance_no_digits(
-    mean, std, channels, layout, layer_of, run_replicas, taken, unless_together
+    mean, std, channels, layout, layer_of, run_replicas, taken
 ):
     layer = layer_of(momentum=1.0, dtype=torch.float32)
     batch = torch.randn(16, C, 28, 28, dtype=torch.float64) * std
     batch[:, channels] += mean
     batch = batch.float().contiguous(memory_format=layout)
     run_replicas(layer, [part.clone() for part in batch.split([5, 11])])
-    assert taken == unless_together(2)
+    assert taken == [2]
     assert layer.num_batches_tracked == 1
     torch.testing.assert_close(layer.running_var.double(), batch.double().var((0, 2, 3)), rtol=1e-4, atol=0)
     expected = batch.double().mean((0, 2, 3))
@@ -269,7 +259,7 @@ def test_in_float64_a_mean_far_from_zero_costs_few_digits(layout, layer_of, run_
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_what_needs_more_digits_moves_the_running_statistics_once(
-    momentum, layer_of, chunks_of, run_replicas, taken, unless_together
+    momentum, layer_of, chunks_of, run_replicas, taken
 ):
     layer = layer_of(momentum=momentum, dtype=torch.float32)
     expected = layer.running_mean.double()
@@ -280,7 +270,7 @@ def test_what_needs_more_digits_moves_the_running_statistics_once(
         expected = (1 - share) * expected + share * torch.cat(chunks).double().mean((0, 2, 3))
         torch.testing.assert_close(layer.running_mean.double(), expected, rtol=1e-6, atol=0)
         assert layer.num_batches_tracked == number
-    assert taken == unless_together(2, 2, 2)
+    assert taken == [2, 2, 2]
 
 
 FAR = {  # mean and standard deviation in every replica; it is far where one is over 10 times the other
@@ -301,7 +291,7 @@ def standardized(chunks):
 @LAYOUTS
 @pytest.mark.parametrize("far", FAR)
 def test_means_far_from_zero_cost_no_digits_but_those_of_the_inputs(
-    far, layout, layer_of, chunks_of, against_float64, taken, unless_together
+    far, layout, layer_of, chunks_of, against_float64, taken
 ):
     layer = layer_of(dtype=torch.float32, momentum=1.0)
     chunks = [
@@ -310,8 +300,7 @@ def test_means_far_from_zero_cost_no_digits_but_those_of_the_inputs(
     ]
     dys = [(torch.randn(x.shape) + 1 + x).float() for x in standardized(chunks)]
     ours, expected = against_float64(layer, chunks, dys)
-    # Joined, only the first two are far.
-    assert taken == (unless_together(3) if far.startswith("all") else [3])
+    assert taken == [3]
     torch.testing.assert_close(ours["running_var"].double(), expected["running_var"], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours["running_mean"].double(), expected["running_mean"], rtol=1e-6, atol=0)
     deviation = expected["running_var"].sqrt()
@@ -327,14 +316,14 @@ def test_means_far_from_zero_cost_no_digits_but_those_of_the_inputs(
 
 @LAYOUTS
 def test_the_rounding_of_a_mean_far_from_zero_is_not_in_the_gradient_of_the_input(
-    layout, randomize, against_float64, taken, unless_together
+    layout, randomize, against_float64, taken
 ):
     channels = 512
     mean = 3e4 * (1 + torch.rand(1, channels, 1, 1))
     chunks = [(torch.randn(size, channels, 3, 5) + mean).contiguous(memory_format=layout) for size in (4, 2)]
     dys = [x.float() for x in standardized(chunks)]
     ours, expected = against_float64(randomize(SynchronizedBatchNorm2d(channels)), chunks, dys)
-    assert taken == unless_together(2)
+    assert taken == [2]
     exact = torch.cat(chunks).double().mean((0, 2, 3))
     rounding = exact.float() - exact
     error = (ours["dx"] - expected["dx"]).mean((0, 2, 3))
@@ -497,10 +486,9 @@ def test_gradients_of_weight_and_bias_share_no_memory(layer_of, chunks_of, run_r
     assert taken == [3]
     weight, bias = (parameter.grad for parameter in layer.parameters())
     assert weight.untyped_storage().data_ptr() != bias.untyped_storage().data_ptr()
-    assert weight.untyped_storage().nbytes() == bias.untyped_storage().nbytes() == C * 8
 
 
-# What takes three nodes
+# Every kind of input and of layer
 
 
 @pytest.mark.parametrize("ranks", [[0], [2], [0, 1, 2]], ids=str)
@@ -516,7 +504,96 @@ def test_inputs_that_are_not_dense(ranks, layer_of, chunks_of, as_one_batch, che
             twin, [x[..., ::2] if rank in ranks else x for rank, x in enumerate(inputs)]
         ),
     )
+    assert taken == [3]
+
+
+@pytest.mark.parametrize("shape", [(0, C, 3, 5), (2, C, 0, 5)], ids=str)
+def test_nothing_at_all_gives_nothing_and_teaches_nothing(shape, layer_of, leaves_of, run_replicas, taken):
+    layer = layer_of()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    inputs = leaves_of([torch.empty(shape, dtype=torch.float64)] * 2)
+    outputs = run_replicas(layer, inputs)
+    sum(y.sum() for y in outputs).backward()
+    assert taken == [2]
+    assert all(y.shape == shape for y in outputs)
+    assert all(x.grad.shape == shape for x in inputs)
+    for parameter in layer.parameters():
+        torch.testing.assert_close(parameter.grad, torch.zeros_like(parameter), **EXACTLY)
+    torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
+
+
+class OtherMeanStd(SynchronizedBatchNorm2d):
+    def _compute_mean_std(self, mean, m2, count):
+        return super()._compute_mean_std(mean, m2, count)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(SynchronizedBatchNorm2d, {"eps_mode": "clamp"}), (OtherMeanStd, {})],
+    ids=["eps mode clamp", "another mean and std"],
+)
+def test_layers_that_differ_from_torchs_own(kind, options, layer_of, chunks_of, check, taken):
+    # No variance is below eps, so clamp differs from plus by eps alone, which is too small to show.
+    check(layer_of(kind, eps=1e-14, **options), chunks_of(2, 1, 3))
+    assert taken == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@LAYOUTS
+def test_layers_of_halves(
+    layout, dtype, layer_of, chunks_of, step, run_replicas, stock_twin, as_one_batch, taken
+):
+    layer, chunks = layer_of(dtype=dtype), chunks_of(2, 1, dtype=dtype, layout=layout)
+    twin = stock_twin(layer, 2).double()
+    ours = step(layer, chunks, run_replicas)
+    theirs = step(twin, [chunk.double() for chunk in chunks], as_one_batch)
+    assert taken == [2]
+    tolerance = 16 * torch.finfo(dtype).eps
+    for name in ("y", "dx"):
+        assert all(made.dtype is dtype for made in ours[name])
+        torch.testing.assert_close(
+            [made.double() for made in ours[name]], theirs[name], rtol=tolerance, atol=tolerance
+        )
+
+
+# Errors
+
+
+@RANKS
+def test_a_single_value_per_channel_is_an_error_that_names_the_layer(
+    rank, layer_of, chunks_of, replicas_of, taken
+):
+    layer = layer_of(SynchronizedBatchNorm1d)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    chunks = chunks_of(*(int(other == rank) for other in range(3)), spatial=())
+    with pytest.raises(
+        ValueError, match=r"Expected more than 1 value per channel .* got 1 in all .*'net\.0'"
+    ):
+        replicas_of(nn.Sequential(layer), 3).run(lambda replica, rank: replica(chunks[rank]))
     assert taken == []
+    torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
+
+
+@RANKS
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"affine": False, "track_running_stats": False}],
+    ids=["layer with tensors", "layer without any"],
+)
+def test_inputs_of_two_dtypes_are_an_error_that_names_the_layer(
+    rank, options, layer_of, chunks_of, replicas_of, taken
+):
+    layer = layer_of(dtype=torch.float32, **options)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    chunks = chunks_of(2, 1, 3, dtype=torch.bfloat16)
+    chunks[rank] = chunks[rank].float()
+    with pytest.raises(TypeError, match=rf"one dtype .* at 'net\.0', got .*float32 in replica {rank}"):
+        replicas_of(nn.Sequential(layer), 3).run(lambda replica, rank: replica(chunks[rank]))
+    assert taken == []
+    torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
+
+
+# What takes three nodes
 
 
 @RANKS
@@ -550,71 +627,46 @@ def test_hooks_of_one_replica_see_what_that_replica_saves_and_nothing_else(
     assert {t.data_ptr() for t in seen if t.dim() == 4} == {own[0].data_ptr()}
 
 
-@pytest.mark.parametrize("shape", [(0, C, 3, 5), (2, C, 0, 5)], ids=str)
-def test_nothing_at_all_gives_nothing_and_teaches_nothing(shape, layer_of, leaves_of, run_replicas, taken):
-    layer = layer_of()
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    inputs = leaves_of([torch.empty(shape, dtype=torch.float64)] * 2)
-    outputs = run_replicas(layer, inputs)
-    sum(y.sum() for y in outputs).backward()
-    assert taken == []
-    assert all(y.shape == shape for y in outputs)
-    assert all(x.grad.shape == shape for x in inputs)
-    for parameter in layer.parameters():
-        torch.testing.assert_close(parameter.grad, torch.zeros_like(parameter), **EXACTLY)
-    torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
-
-
-@RANKS
-def test_a_single_value_per_channel_is_an_error_that_names_the_layer(
-    rank, layer_of, chunks_of, replicas_of, taken
-):
-    layer = layer_of(SynchronizedBatchNorm1d)
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    chunks = chunks_of(*(int(other == rank) for other in range(3)), spatial=())
-    with pytest.raises(
-        ValueError, match=r"Expected more than 1 value per channel .* got 1 in all .*'net\.0'"
-    ):
-        replicas_of(nn.Sequential(layer), 3).run(lambda replica, rank: replica(chunks[rank]))
-    assert taken == []
-    torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
-
-
-@RANKS
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"affine": False, "track_running_stats": False}],
-    ids=["layer with tensors", "layer without any"],
-)
-def test_inputs_of_two_dtypes_are_an_error_that_names_the_layer(
-    rank, options, layer_of, chunks_of, replicas_of, taken
-):
-    layer = layer_of(**options)
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    chunks = chunks_of(2, 1, 3)
-    chunks[rank] = chunks[rank].float()
-    with pytest.raises(TypeError, match=rf"one dtype .* at 'net\.0', got .*float32 in replica {rank}"):
-        replicas_of(nn.Sequential(layer), 3).run(lambda replica, rank: replica(chunks[rank]))
-    assert taken == []
-    torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
-
-
+@pytest.mark.parametrize("needs_input_gradients", [True, False], ids=["dx", "no dx"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("without", [[0], [2], [0, 1, 2]], ids=str)
-def test_without_grad_mode_there_is_no_graph_and_the_running_statistics_move(
-    without, layer_of, chunks_of, stock_twin, as_one_batch, replicas_of, taken
+def test_a_replica_without_grad_mode_has_no_graph_and_changes_nothing_for_the_others(
+    without,
+    fused,
+    needs_input_gradients,
+    layer_of,
+    chunks_of,
+    leaves_of,
+    stock_twin,
+    as_one_batch,
+    replicas_of,
+    loss_of,
+    taken,
 ):
-    layer, chunks = layer_of(), chunks_of(2, 1, 3)
+    layer, chunks = layer_of(fused=fused), chunks_of(2, 1, 3)
     twin = stock_twin(layer, 2)
+    inputs, expected = (
+        [x.requires_grad_(needs_input_gradients) for x in leaves_of(chunks)] for _ in range(2)
+    )
 
     def forward(replica, rank):
         with torch.set_grad_enabled(rank not in without):
-            return replica(chunks[rank])
+            return replica(inputs[rank])
 
     outputs = replicas_of(layer, 3).run(forward)
     assert taken == []
     assert [y.requires_grad for y in outputs] == [rank not in without for rank in range(3)]
-    torch.testing.assert_close(outputs, as_one_batch(twin, chunks), **TIGHT)
+    wholes = as_one_batch(twin, expected)
+    torch.testing.assert_close(outputs, wholes, **TIGHT)
     torch.testing.assert_close(dict(layer.state_dict()), dict(twin.state_dict()), **TIGHT)
+    with_graph = [rank for rank in range(3) if rank not in without]
+    if with_graph:
+        loss_of(outputs[rank] for rank in with_graph).backward()
+        loss_of(wholes[rank] for rank in with_graph).backward()
+        for rank in with_graph:
+            torch.testing.assert_close(inputs[rank].grad, expected[rank].grad, **TIGHT)
+        for ours, theirs in zip(layer.parameters(), twin.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, **TIGHT)
 
 
 class OtherMaster(SynchronizedBatchNorm2d):
@@ -622,30 +674,13 @@ class OtherMaster(SynchronizedBatchNorm2d):
         return super()._data_parallel_master(intermediates)
 
 
-class OtherMeanStd(SynchronizedBatchNorm2d):
-    def _compute_mean_std(self, mean, m2, count):
-        return super()._compute_mean_std(mean, m2, count)
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        (SynchronizedBatchNorm2d, {"eps_mode": "clamp"}),
-        (SynchronizedBatchNorm2d, {"fused": False}),
-        (OtherMaster, {}),
-        (OtherMeanStd, {}),
-    ],
-    ids=["eps mode clamp", "composite", "another master callback", "another mean and std"],
+    [(SynchronizedBatchNorm2d, {"fused": False}), (OtherMaster, {})],
+    ids=["composite", "another master callback"],
 )
-def test_what_torchs_own_layer_does_not_do(kind, options, layer_of, chunks_of, check, taken):
-    # No variance is under eps, so clamp differs from plus by eps alone, which is too small to tell.
-    check(layer_of(kind, eps=1e-14, **options), chunks_of(2, 1, 3))
-    assert taken == []
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_layers_of_halves(dtype, layer_of, chunks_of, run_replicas, taken):
-    run_replicas(layer_of(dtype=dtype), chunks_of(2, 1, dtype=dtype))
+def test_layers_without_one_node(kind, options, layer_of, chunks_of, check, taken):
+    check(layer_of(kind, **options), chunks_of(2, 1, 3))
     assert taken == []
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from syncbn_core import SynchronizedBatchNorm1d
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 WORLD_SIZE = 3
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])

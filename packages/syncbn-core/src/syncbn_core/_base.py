@@ -134,8 +134,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     def _forward_composite(self, input: Tensor, synchronizes: bool) -> Tensor:
         # To float32 once: the gradients of both uses are added before they are rounded to halves.
         x = input.to(compute_dtype(input.dtype))
-        statistics = torch.stack(local_statistics(x))
-        message = Message(statistics, samples_per_channel(x), input.dtype, current_stream(x.device))
+        message = self._message(torch.stack(local_statistics(x)), x, input.dtype)
         mean, invstd = self._agree(message, synchronizes).unbind()
         return plain.normalize(x, mean, invstd, self.weight, self.bias).to(input.dtype)
 
@@ -150,9 +149,12 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     def _forward_three_nodes(self, x: Tensor, synchronizes: bool) -> Tensor:
         name = self._where()
         x, statistics = three_nodes.gather(x, self.eps, name)
-        message = Message(statistics, samples_per_channel(x), x.dtype, current_stream(x.device))
-        agreed = self._agree(message, synchronizes)
+        agreed = self._agree(self._message(statistics, x, x.dtype), synchronizes)
         return three_nodes.apply(x, agreed, self.weight, self.bias, name)
+
+    def _message(self, statistics: Tensor, x: Tensor, dtype: torch.dtype) -> Message:
+        stream = current_stream(x.device)
+        return Message(statistics, samples_per_channel(x), dtype, stream, torch.is_grad_enabled())
 
     def _takes_one_node(self) -> bool:
         """Whether nothing is recomputed or intercepted, as in a gradient checkpoint, and nothing overridden.
@@ -185,7 +187,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         answers: list[tuple[int, Any]]
         with ordered([message.stream for message in messages]) as own_streams:
             if kinds == {Message}:
-                answers = self._data_parallel_master(intermediates)
+                # Replica 0 may be in no_grad while others need the graph.
+                with torch.set_grad_enabled(any(message.in_grad_mode for message in messages)):
+                    answers = self._data_parallel_master(intermediates)
             elif kinds == {one_node.Share} and len({share.x.dtype for share in messages}) == 1:
                 how = self._reduction(messages[0].x, messages[0].x.dtype)
                 answers = list(zip(ranks, one_node.reduce(messages, how)))
@@ -345,7 +349,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     def _check_arithmetic(self, input: Tensor) -> None:
         """Refuse what torch's own layer refuses in training."""
         if self.eps <= 0:
-            raise ValueError(f"batch_norm eps must be positive, but got {self.eps} at {self._where()!r}")
+            raise ValueError(
+                f"batch_norm eps must be positive during training, but got {self.eps} at {self._where()!r}"
+            )
         allowed = (input.dtype, compute_dtype(input.dtype))
         tensors = {**self._parameters, **self._buffers}
         for name in ("weight", "bias", "running_mean", "running_var"):

@@ -1,12 +1,15 @@
 """A process that dies, raises or goes elsewhere is an error in the others, and no hang."""
 
 import os
+import re
+from unittest import mock
 
 import pytest
 import torch
 
 from syncbn_comm import BrokenSyncError
 from syncbn_core import SynchronizedBatchNorm2d
+from syncbn_core._processes import collectives
 
 GROUP_SECONDS = 5.0
 
@@ -41,7 +44,8 @@ def test_the_others_get_an_error_that_names_the_layer(event, phase, new_processe
     survivor, other = new_processes(2, GROUP_SECONDS).outcomes(train_until, event, phase)
     message, _, has_cause = survivor["result"]
     start = (
-        f"process 0 of 2 could not synchronize with the others in the {phase} of 'SynchronizedBatchNorm2d': "
+        f"process 0 (of 0 to 1) could not synchronize with the others in the {phase} "
+        f"of 'SynchronizedBatchNorm2d' (call 1): "
     )
     assert message.startswith(start)
     assert len(message) > len(start)
@@ -87,7 +91,11 @@ def go_astray(world, way):
 )
 def test_the_check_says_who_is_where(way, where, new_processes):
     errors = new_processes(2, GROUP_SECONDS, CHECKED).run(go_astray, way)
-    expected = f"expected all processes at one place, got process 0 at {where[0]}, process 1 at {where[1]}"
+    sending = "sending 9 numbers of torch.float64"  # mean, m2 and count of 4 channels
+    expected = (
+        f"expected all processes at one place, got process 0 in {where[0]}, {sending}; "
+        f"process 1 in {where[1]}, {sending}"
+    )
     assert errors == [expected, expected]
 
 
@@ -100,3 +108,53 @@ def train_checked(world):
 
 def test_the_check_lets_what_is_right_pass(new_processes):
     assert new_processes(2, GROUP_SECONDS, CHECKED).run(train_checked) == [2, 2]
+
+
+def go_astray_with_sums(world, way):
+    with mock.patch.object(collectives, "MANY", 2):
+        return go_astray(world, way)
+
+
+@pytest.mark.parametrize("way", ["skips a layer", "takes another order", "calls a layer once more"])
+@pytest.mark.parametrize("run", [go_astray, go_astray_with_sums], ids=["gather", "sum"])
+def test_processes_at_different_layers_of_one_width_get_an_error_without_the_check(run, way, new_processes):
+    errors = new_processes(2, GROUP_SECONDS).run(run, way)
+    for error in errors:
+        assert re.match(
+            r"expected all processes in the forward of '(stem|head)\.bn' \(call \d\), got ", error
+        )
+        assert "at another layer or another call of it" in error
+        assert "set SYNCBN_CHECK=1 to see where each process is" in error
+
+
+def leave_one_backward_out(world, many):
+    first, second = (named(SynchronizedBatchNorm2d, name) for name in ("stem.bn", "head.bn"))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    with mock.patch.object(collectives, "MANY", many):
+        y, z = first(x), second(x)
+        try:
+            (y if world.rank else z).square().sum().backward()
+        except BrokenSyncError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("many", [2, 9], ids=["sum", "gather"])
+def test_processes_in_the_backward_of_different_layers_get_an_error(many, new_processes):
+    for error in new_processes(2, GROUP_SECONDS).run(leave_one_backward_out, many):
+        assert re.match(
+            r"expected all processes in the backward of '(stem|head)\.bn' \(call 1\), got ", error
+        )
+
+
+def meet_another_width(world):
+    layer = named(lambda _: SynchronizedBatchNorm2d(4 + world.rank), "bn")
+    try:
+        layer(torch.randn(2, 4 + world.rank, 3, 3))
+    except BrokenSyncError as error:
+        return str(error)
+
+
+def test_the_check_compares_how_much_the_processes_send(new_processes):
+    for error in new_processes(2, GROUP_SECONDS, CHECKED).run(meet_another_width):
+        assert "process 0 in the forward of 'bn' (call 1), sending 9 numbers of torch.float64" in error
+        assert "process 1 in the forward of 'bn' (call 1), sending 11 numbers of torch.float64" in error

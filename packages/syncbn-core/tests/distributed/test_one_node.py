@@ -1,4 +1,4 @@
-"""Every process makes one node for its replicas, one or several, and all processes are one batch."""
+"""Every process makes one autograd node for its replicas, one or several, and all processes are one batch."""
 
 import runpy
 from pathlib import Path
@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from syncbn_core import SynchronizedBatchNorm2d, _apart, _together
-from syncbn_core._replication import may_be_intercepted
+from syncbn_core import SynchronizedBatchNorm2d
+from syncbn_core._autograd import one_node
+from syncbn_core._replicas.recomputation import may_be_intercepted
 
 # As where there are no processes; pytest has that file for itself.
 Replicas = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["Replicas"]
@@ -49,7 +50,7 @@ def train(world, sizes, steps=2, layout="contiguous_format", three_nodes=(), use
     used = range(len(flat)) if used is None else used
     taken = []
 
-    def reduce(shares, how, reduce=_apart.reduce):
+    def reduce(shares, how, reduce=one_node.reduce):
         taken.append(len(shares))
         return reduce(shares, how)
 
@@ -67,7 +68,7 @@ def train(world, sizes, steps=2, layout="contiguous_format", three_nodes=(), use
             with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
                 return replica(inputs[rank])
 
-        with mock.patch.object(_apart, "reduce", reduce):
+        with mock.patch.object(one_node, "reduce", reduce):
             outputs = Replicas(layer, len(inputs)).run(forward)
         sum((y * weights[rank]).sum() for rank, y in zip(ranks, outputs) if rank in used).backward()
         wholes = twin(whole).split(flat)
@@ -109,9 +110,9 @@ def test_some_processes_may_have_three_nodes(three_nodes, layout, processes):
 
 
 @pytest.mark.parametrize("sizes", [[[2, 0], [3, 2]], [[2], [0, 3, 0]]], ids=str)
-def test_a_process_with_an_empty_replica_has_three_nodes(sizes, processes):
+def test_a_process_with_an_empty_replica_has_one_node_too(sizes, processes):
     taken = processes(2).run(train, sizes)
-    assert taken == in_one_node(*([] if 0 in process else [len(process)] * 2 for process in sizes))
+    assert taken == in_one_node(*([len(process)] * 2 for process in sizes))
 
 
 @pytest.mark.parametrize("used", [[0, 2], [1, 3], [1, 2], [0, 1, 3]], ids=str)
@@ -120,14 +121,16 @@ def test_replicas_that_the_loss_ignores_get_their_gradients(used, processes):
     assert taken == in_one_node([2, 2], [2, 2])
 
 
-def train_on_small_batches(world):
-    assert _together.is_small(torch.empty(2, C, 3, 5))
-    with mock.patch.object(_together, "batch_norm", mock.Mock(side_effect=AssertionError("joined"))):
-        return train(world, [[2, 1], [3, 2]])
+def train_without_joining(world, sizes, not_joining):
+    with mock.patch.object(one_node, "JOINED_UP_TO", -1 if world.rank in not_joining else 2**18):
+        return train(world, sizes)
 
 
-def test_small_batches_are_not_joined_over_processes(processes):
-    assert processes(2).run(train_on_small_batches) == in_one_node([2, 2], [2, 2])
+@pytest.mark.parametrize("not_joining", [[0], [1], [0, 1]], ids=str)
+def test_processes_may_join_the_batches_of_their_replicas_or_not(not_joining, processes):
+    sizes = [[2, 1], [3, 0, 2]]
+    taken = processes(2).run(train_without_joining, sizes, not_joining)
+    assert taken == in_one_node([2, 2], [3, 3])
 
 
 class Both(nn.Module):

@@ -75,12 +75,10 @@ def reduce_gradients(
 
 def is_batched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``)."""
-    # Private to torch, which has no public way to ask.
+    # Private to torch, which has no public way to ask. Autograd still makes the tensors of its first vmap.
     functorch = torch._C._functorch
-    return any(
-        t is not None and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
-        for t in tensors
-    )
+    kinds = (functorch.is_legacy_batchedtensor, functorch.is_batchedtensor)
+    return any(t is not None and any(is_kind(t) for is_kind in kinds) for t in tensors)
 
 
 def backward_kernels_of(device: torch.device, is_batched: bool) -> Kernels:

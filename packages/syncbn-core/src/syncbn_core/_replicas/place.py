@@ -21,12 +21,14 @@ class Message(NamedTuple):
         samples: the number of samples per channel.
         dtype: of its input.
         stream: the stream of its kernels, where its device has streams.
+        in_grad_mode: whether the replica makes a graph.
     """
 
     statistics: Tensor
     samples: int
     dtype: torch.dtype
-    stream: Any = None
+    stream: Any
+    in_grad_mode: bool
 
     @property
     def tensor(self) -> Tensor:

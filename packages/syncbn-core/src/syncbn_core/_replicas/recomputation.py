@@ -76,10 +76,10 @@ class Agreements:
             keeps: whether to keep it for as long as the replica lives, if no graph keeps it.
         """
         self._known = [a for a in self._known if a.agreed() is not None]
-        if agreed.requires_grad:
+        if agreed.requires_grad and torch.is_grad_enabled():
             recall: Callable[[], Tensor | None] = weakref.ref(agreed)  # a graph keeps it
         elif keeps:
-            recall = partial(_same, agreed)
+            recall = partial(_same, agreed.detach())
         else:
             return
         self._known.append(_Agreement(own, recall, torch.is_grad_enabled(), current_backward()))

@@ -12,7 +12,7 @@ from syncbn_core import (
     SynchronizedBatchNorm3d,
 )
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 EXACTLY = {"rtol": 0, "atol": 0}
 KINDS = pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_evaluation_without_running_statistics_is_by_the_replicas_own_batch(repl
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("replicas", [0, 1, 2])
-def test_a_batch_without_values_gives_itself_and_teaches_nothing(
+def test_a_batch_without_values_gives_itself_and_moves_no_statistics(
     replicas, fused, shape, eps_mode, randomize, run_replicas
 ):
     layer = randomize(SynchronizedBatchNorm2d(3, fused=fused, eps_mode=eps_mode))
@@ -85,6 +85,8 @@ def test_a_batch_without_values_gives_itself_and_teaches_nothing(
     assert all(x.grad.shape == shape for x in inputs)
     for parameter in layer.parameters():
         torch.testing.assert_close(parameter.grad, torch.zeros(3), **EXACTLY)
+    # A layer that does not synchronize is torch's own, which counts the batch.
+    before["num_batches_tracked"] += int(replicas < 2 and eps_mode == "plus")
     torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
 
 

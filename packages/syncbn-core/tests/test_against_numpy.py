@@ -6,7 +6,7 @@ import torch
 
 from syncbn_core import BatchNorm2dReimpl, SynchronizedBatchNorm2d, set_sbn_eps_mode
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 EPS = 0.5  # between the variances of the channels
 CHANNEL_STD = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64).view(4, 1, 1)

@@ -1,6 +1,6 @@
-"""Large batches stay with their replicas: each makes the passes over its own, for one node of all.
+"""Large batches are not joined: every replica makes the passes over its own, for one node of all replicas.
 
-What this way has in common with that of small batches is in test_one_node.py.
+What large and small batches have in common is in test_one_node.py.
 """
 
 import threading
@@ -8,37 +8,39 @@ import threading
 import pytest
 import torch
 
-from syncbn_core import SynchronizedBatchNorm1d, _apart, _cpu, _together
+from syncbn_core import SynchronizedBatchNorm1d
+from syncbn_core._autograd import one_node
+from syncbn_core._kernels import cpu
 
-ALL_LARGE = pytest.mark.parametrize("together_or_apart", ["apart"], indirect=True)
+ALL_LARGE = pytest.mark.parametrize("graph_kind", ["one node"], indirect=True)
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 PARAMETERS = pytest.mark.parametrize("parameters", [{}, {"bias": False}, {"affine": False}], ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _where_it_is_possible(together_or_apart):
+def _where_it_is_possible(graph_kind):
     """Where torch does not tell whether what is saved is intercepted, these tests are skipped."""
 
 
 @LAYOUTS
-@pytest.mark.parametrize("together_or_apart", ["together"], indirect=True)  # the limit that users have
+@pytest.mark.parametrize("graph_kind", ["joined"], indirect=True)  # the limit that users have
 def test_batches_that_are_large_indeed_are_not_joined(
-    layout, layer_of, chunks_of, assert_equals_whole_batch, joined, reduced
+    layout, layer_of, chunks_of, assert_equals_whole_batch, one_node_calls, joined_calls
 ):
     chunks = chunks_of(1, 2, spatial=(256, 260), layout=layout)
-    assert all(chunk.numel() > _together.UP_TO for chunk in chunks)
+    assert all(chunk.numel() > one_node.JOINED_UP_TO for chunk in chunks)
     assert_equals_whole_batch(layer_of(), chunks, rtol=1e-10, atol=1e-10)
-    assert (joined, reduced) == ([], [2])
+    assert (one_node_calls, joined_calls) == ([2], [])
 
 
 @ALL_LARGE
 def test_every_replica_has_its_own_storages(
-    form, layer_of, chunks_of, leaves_of, run_replicas, loss_of, reduced
+    form, layer_of, chunks_of, leaves_of, run_replicas, loss_of, one_node_calls
 ):
     inputs = leaves_of(chunks_of(2, 1, 3, spatial=form.spatial, layout=form.layout))
     outputs = run_replicas(layer_of(form.kind), inputs)
     gradients = torch.autograd.grad(loss_of(y**2 for y in outputs), inputs)
-    assert reduced == [3]
+    assert one_node_calls == [3]
     storages = [tensor.untyped_storage() for tensor in (*inputs, *outputs, *gradients)]
     assert len({storage.data_ptr() for storage in storages}) == 9
     for x, *made in zip(inputs, outputs, gradients):
@@ -48,14 +50,14 @@ def test_every_replica_has_its_own_storages(
 @ALL_LARGE
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (3, 0, 0, 2)], ids=str)
-def test_an_empty_batch_among_others_takes_three_nodes_and_counts_once(
-    form, sizes, momentum, layer_of, chunks_of, check, reduced
+def test_an_empty_batch_among_others_has_its_part_in_the_node_and_counts_once(
+    form, sizes, momentum, layer_of, chunks_of, check, one_node_calls
 ):
     layer = layer_of(form.kind, momentum=momentum)
     for number in (1, 2, 3):
         check(layer, chunks_of(*sizes, spatial=form.spatial, layout=form.layout))
         assert layer.num_batches_tracked == number
-    assert reduced == []
+    assert one_node_calls == [len(sizes)] * 3
 
 
 @ALL_LARGE
@@ -64,14 +66,14 @@ def test_every_replica_makes_its_passes_in_its_own_thread(layer_of, chunks_of, r
     calls = {name: [] for name in ("enter", "reduce", "leave")}
 
     def note(name, function):
-        def spy(*arguments):
+        def spy(*arguments, **options):
             calls[name].append(threading.get_ident())
-            return function(*arguments)
+            return function(*arguments, **options)
 
-        monkeypatch.setattr(_apart, name, spy)
+        monkeypatch.setattr(one_node, name, spy)
 
     for name in calls:
-        note(name, getattr(_apart, name))
+        note(name, getattr(one_node, name))
 
     def forward(replica, rank):
         replica(chunks[rank])
@@ -87,15 +89,15 @@ def test_every_replica_makes_its_passes_in_its_own_thread(layer_of, chunks_of, r
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many samples were normalised at once, in every call."""
+    """How many samples one pass went over, for every pass."""
     samples = []
-    normalize = _cpu.normalize
+    affine = cpu.affine
 
     def spy(x, *rest, **options):
         samples.append(len(x))
-        return normalize(x, *rest, **options)
+        return affine(x, *rest, **options)
 
-    monkeypatch.setattr(_cpu, "normalize", spy)
+    monkeypatch.setattr(cpu, "affine", spy)
     return samples
 
 
@@ -111,32 +113,32 @@ def transposed(y):
     [(5, [1, 2, 5]), (4, [1, 2, 4, 1]), (2, [1, 2, 2, 2, 1]), (1, [1, *[1] * 2, *[1] * 5]), (0, [1] * 8)],
 )
 def test_a_backward_of_many_samples_goes_in_parts(
-    samples, parts, parameters, turned, layer_of, chunks_of, check, monkeypatch, passes, reduced
+    samples, parts, parameters, turned, layer_of, chunks_of, check, monkeypatch, passes, one_node_calls
 ):
     # As many samples are in a cache, and a few numbers more.
-    monkeypatch.setattr(_cpu, "_IN_CACHE", samples * 60 + samples % 2)
+    monkeypatch.setattr(cpu, "_IN_CACHE", samples * 60 + samples % 2)
     behind = {"behind": lambda outputs: [transposed(y) for y in outputs]} if turned else {}
     check(layer_of(**parameters), chunks_of(5, 2, 1), **behind)
-    assert reduced == [3]
+    assert one_node_calls == [3]
     assert sorted(passes[:3]) == [1, 2, 5]
     assert passes[3:] == parts  # the last replica first
 
 
 @ALL_LARGE
 def test_only_a_replica_that_the_loss_knows_needs_parts(
-    layer_of, chunks_of, check, monkeypatch, passes, reduced
+    layer_of, chunks_of, check, monkeypatch, passes, one_node_calls
 ):
-    monkeypatch.setattr(_cpu, "_IN_CACHE", 120)
+    monkeypatch.setattr(cpu, "_IN_CACHE", 120)
     check(layer_of(), chunks_of(5, 3, 4), behind=lambda outputs: [outputs[1]])
-    assert reduced == [3]
+    assert one_node_calls == [3]
     assert passes[3:] == [4, 2, 1, 5]
 
 
 @ALL_LARGE
-def test_channels_last_need_no_parts(layer_of, chunks_of, check, monkeypatch, passes, reduced):
-    monkeypatch.setattr(_cpu, "_IN_CACHE", 0)
+def test_channels_last_need_no_parts(layer_of, chunks_of, check, monkeypatch, passes, one_node_calls):
+    monkeypatch.setattr(cpu, "_IN_CACHE", 0)
     check(layer_of(), chunks_of(5, 2, 1, layout=torch.channels_last))
-    assert reduced == [3]
+    assert one_node_calls == [3]
     assert passes[3:] == [1, 2, 5]
 
 
@@ -144,15 +146,15 @@ def test_channels_last_need_no_parts(layer_of, chunks_of, check, monkeypatch, pa
 @pytest.mark.parametrize("first", [0.0, 100.0, 1e4], ids=lambda value: f"first sample at {value}")
 @pytest.mark.parametrize("mean", [0.0, 9.0, 1e4], ids=lambda value: f"mean {value}")
 def test_statistics_of_one_pass_have_the_digits_of_two(
-    mean, first, layer_of, run_replicas, monkeypatch, reduced
+    mean, first, layer_of, run_replicas, monkeypatch, one_node_calls
 ):
-    monkeypatch.setattr(_cpu, "_IN_CACHE", 0)
+    monkeypatch.setattr(cpu, "_IN_CACHE", 0)
     layer = layer_of(SynchronizedBatchNorm1d, dtype=torch.float32, momentum=1.0)
     chunks = [torch.randn(size, 4) + mean for size in (5000, 3000)]
     for chunk in chunks:
         chunk[0] += first
     run_replicas(layer, chunks)
-    assert reduced == [2]
+    assert one_node_calls == [2]
     batch = torch.cat(chunks).double()
     torch.testing.assert_close(layer.running_mean.double(), batch.mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer.running_var.double(), batch.var(0), rtol=5e-5, atol=0)
@@ -162,20 +164,17 @@ def test_statistics_of_one_pass_have_the_digits_of_two(
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """The names of the kernels that normalised, in every call."""
-    names = []
+def batch_norms(monkeypatch):
+    """The number of samples in every call of torch's batch norm in evaluation mode."""
+    samples = []
+    batch_norm = cpu._forward_out
 
-    def note(name, function):
-        def spy(*arguments):
-            names.append(name)
-            return function(*arguments)
+    def spy(x, *rest, **options):
+        samples.append(len(x))
+        return batch_norm(x, *rest, **options)
 
-        monkeypatch.setattr(_cpu, name, spy)
-
-    for name in ("affine", "_evaluate"):
-        note(name, getattr(_cpu, name))
-    return names
+    monkeypatch.setattr(cpu, "_forward_out", spy)
+    return samples
 
 
 @ALL_LARGE
@@ -183,21 +182,21 @@ def kernels(monkeypatch):
 @LAYOUTS
 @pytest.mark.parametrize("few", [59, 60, 119])
 def test_many_elements_of_channels_last_have_another_kernel(
-    few, layout, parameters, layer_of, chunks_of, check, monkeypatch, kernels, reduced
+    few, layout, parameters, layer_of, chunks_of, check, monkeypatch, batch_norms, one_node_calls
 ):
-    monkeypatch.setattr(_cpu, "_FEW", few)
+    monkeypatch.setattr(cpu, "_FEW", few)
     check(layer_of(eps=0.3, **parameters), chunks_of(2, 1, layout=layout))
-    assert reduced == [2]
-    many = sum(size * 60 > few for size in (2, 1)) if layout is torch.channels_last else 0
-    assert sorted(kernels) == ["_evaluate"] * 2 * (2 - many) + ["affine"] * 2 * many
+    assert one_node_calls == [2]
+    few_ones = [size for size in (1, 2) if size * 60 <= few or layout is torch.contiguous_format]
+    assert sorted(batch_norms) == sorted(few_ones * 2)  # in the forward and in the backward
 
 
 @ALL_LARGE
-def test_halves_of_channels_last_have_no_other_kernel(
-    layer_of, chunks_of, step, run_replicas, monkeypatch, kernels, reduced
+def test_halves_of_channels_last_have_no_other_kernel_in_the_forward(
+    layer_of, chunks_of, step, run_replicas, monkeypatch, batch_norms, one_node_calls
 ):
-    monkeypatch.setattr(_cpu, "_FEW", 0)
+    monkeypatch.setattr(cpu, "_FEW", 0)
     chunks = chunks_of(2, 1, layout=torch.channels_last, dtype=torch.bfloat16)
     step(layer_of(dtype=torch.float32), chunks, run_replicas)
-    assert reduced == [2]
-    assert kernels == ["_evaluate"] * 4
+    assert one_node_calls == [2]
+    assert sorted(batch_norms) == [1, 2]

@@ -10,7 +10,7 @@ from syncbn_core import (
     SynchronizedBatchNorm3d,
 )
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 SPLITS = [

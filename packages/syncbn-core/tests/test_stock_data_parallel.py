@@ -13,7 +13,7 @@ from torch import nn
 from syncbn_comm import BrokenSyncError, ReplicaLeftError, SyncTimeoutError
 from syncbn_core import SynchronizedBatchNorm1d
 
-pytestmark = pytest.mark.usefixtures("together_or_apart")
+pytestmark = pytest.mark.usefixtures("graph_kind")
 
 JOIN_SECONDS = 60.0
 REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call patch_replication_callback"
@@ -219,11 +219,16 @@ def test_nothing_is_kept_alive_after_the_forward(replicate, run_threads):
     assert [ref() for ref in watched] == [None] * 7
 
 
+class Context:
+    """What vendored replication callbacks pass on: an object that knows no group."""
+
+
 def test_a_context_that_knows_no_group_changes_nothing(replicate, run_threads):
     replicas = replicate(make_model(), 2)
+    contexts = [Context(), Context()]
     for rank, replica in enumerate(replicas):
-        for layer in (replica[0], replica[2]):
-            layer.__data_parallel_replicate__(object(), rank)
+        for layer, context in zip((replica[0], replica[2]), contexts):
+            layer.__data_parallel_replicate__(context, rank)
     inputs = make_inputs(2, 2)
     outputs = run_threads(lambda rank: replicas[rank][0](inputs[rank]), 2)
     whole = nn.BatchNorm1d(3).double()(torch.cat(inputs))
@@ -235,6 +240,8 @@ def test_replicas_that_cannot_be_told_apart_are_an_error_that_names_the_way_out(
     twice, thrice = (
         [layer._replicate_for_data_parallel() for _ in range(n)] for layer, n in zip(layers, (2, 3))
     )
+    for replica in (*twice, *thrice):
+        replica._parameters = {"weight": None, "bias": None}
     with pytest.raises(RuntimeError, match=REMEDY):
         twice[0](torch.randn(2, 3))
     with pytest.raises(RuntimeError, match=REMEDY):
