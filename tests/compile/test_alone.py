@@ -1,4 +1,4 @@
-"""Without processes and replicas, a compiled layer is one graph with every option, and equals the eager one."""
+"""Without processes and replicas, a compiled layer is one graph, and equals the eager one."""
 
 import copy
 
@@ -83,7 +83,9 @@ def test_a_batch_without_values_gives_itself(eps_mode):
 def test_one_value_is_an_error(eps_mode):
     layer = SynchronizedBatchNorm1d(3, eps_mode=eps_mode)
     # The compiler makes a RuntimeError of what torch's own function raises.
-    with pytest.raises((ValueError, RuntimeError), match="Expected more than 1 value per channel when training"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match="Expected more than 1 value per channel when training"
+    ):
         torch.compile(layer, backend="aot_eager")(torch.randn(1, 3))
 
 

@@ -13,7 +13,9 @@ from syncbn_core import SynchronizedBatchNorm2d
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+    )
 
 
 def operators(program):
@@ -89,7 +91,7 @@ def test_onnx_of_clamp_computes_the_same(training, tmp_path):
 
 def test_symbolic_trace_is_an_error_that_says_what_to_do():
     model = convert_model(net())
-    with pytest.raises(TypeError, match=r"Proxy of torch.fx.symbolic_trace.* revert_model.*is_leaf_module"):
+    with pytest.raises(TypeError, match=r"Proxy of torch.fx.symbolic_trace.*revert_model.*is_leaf_module"):
         torch.fx.symbolic_trace(model)
     assert torch.fx.symbolic_trace(revert_model(model)) is not None
 

@@ -35,7 +35,9 @@ def counting_backend(found):
     def counting(direction):
         def compiler(graph, example_inputs):
             names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-            found[direction].update(name.split(".")[1] for name in names if name.startswith("_c10d_functional"))
+            found[direction].update(
+                name.split(".")[1] for name in names if name.startswith("_c10d_functional")
+            )
             return graph
 
         return compiler
@@ -128,7 +130,9 @@ def test_nothing_in_the_graph_is_read_by_the_host(workers):
 def wrong_inputs(world, dynamic):
     layer = SynchronizedBatchNorm2d(3)
     compiled = torch.compile(layer, backend="eager", dynamic=dynamic)
-    with pytest.raises(ValueError, match=r"expected 3 channels \(num_features\) .* got 4 in an input of shape"):
+    with pytest.raises(
+        ValueError, match=r"expected 3 channels \(num_features\) .* got 4 in an input of shape"
+    ):
         compiled(torch.randn(5, 4, 2, 2))
     with pytest.raises(ValueError, match=r"expected 4D input .* got 3D input of shape \(5, 3, 2\)"):
         compiled(torch.randn(5, 3, 2))

@@ -42,8 +42,9 @@ TWO = [[6, 6], [1, 5], [0, 4], [4, 3], [2, 0]]
 FOUR = [[3, 2, 4, 3], [1, 0, 0, 2], [3, 2, 4, 3]]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("eager", False), ("aot_eager", False), ("aot_eager", True)], ids=str
+)
 @pytest.mark.parametrize("all_sizes", [TWO, FOUR], ids=["two", "four"])
 def test_every_step_is_that_of_the_whole_batch(all_sizes, dynamic, backend, workers):
     workers(len(all_sizes[0])).run(train, backend, dynamic, all_sizes)
@@ -52,7 +53,9 @@ def test_every_step_is_that_of_the_whole_batch(all_sizes, dynamic, backend, work
 def layer_of(options):
     """Build the layer of a case after a convolution; `stop` switches its running statistics off."""
     torch.manual_seed(0)
-    build = {key: options[key] for key in options.keys() & {"eps", "momentum", "affine", "track_running_stats"}}
+    build = {
+        key: options[key] for key in options.keys() & {"eps", "momentum", "affine", "track_running_stats"}
+    }
     convert = {key: options[key] for key in options.keys() & {"eps_mode"}}
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, **build))
     if "eps_mode" in options:
@@ -104,7 +107,10 @@ def train_with_autocast(world, dtype):
     eager = copy.deepcopy(model)
     whole = torch.randn(7, 3, 6, 6)
     results = []
-    for called, module in ((torch.compile(model, backend="aot_eager", fullgraph=True), model), (eager, eager)):
+    for called, module in (
+        (torch.compile(model, backend="aot_eager", fullgraph=True), model),
+        (eager, eager),
+    ):
         x = world.share(whole, [4, 3]).clone().requires_grad_()
         with torch.autocast("cpu", dtype=dtype):
             y = called(x)
@@ -191,7 +197,9 @@ def test_a_batch_without_values_anywhere_teaches_nothing(workers):
 def one_value(world, backend):
     layer = convert_model(nn.BatchNorm1d(3))
     x = torch.randn(1 - world.rank, 3)  # one in process 0, none in process 1
-    with pytest.raises(RuntimeError, match=r"Expected more than 1 value per channel.*'SynchronizedBatchNorm1d'"):
+    with pytest.raises(
+        RuntimeError, match=r"Expected more than 1 value per channel.*'SynchronizedBatchNorm1d'"
+    ):
         torch.compile(layer, backend=backend, fullgraph=True)(x)
 
 

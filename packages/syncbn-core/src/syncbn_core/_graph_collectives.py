@@ -73,7 +73,10 @@ def all_reduce(values: Tensor, group: Group) -> Tensor:
 
 
 def expect(condition: Tensor, message: str) -> None:
-    """Raise RuntimeError where a condition, ``(1,)``, does not hold, without a wait of the host on a device."""
+    """Raise RuntimeError where a condition, ``(1,)``, does not hold; the host does not wait for it.
+
+    ``torch._assert_async`` is private by name. Torch has no public assertion that a graph can hold.
+    """
     torch._assert_async(condition.squeeze(), message)
 
 

@@ -74,7 +74,7 @@ class _SynchronizedBatchNorm(_BatchNorm):
             return self._forward_running(input)
         forward = self._forward_training
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
-            forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+            forward = _compiled.outside_of_graphs(forward)
         return forward(input, synchronizes, processes)
 
     def _group(self) -> ReplicaGroup | None:
