@@ -1,4 +1,4 @@
-"""Without processes and replicas, a compiled layer is one graph with every option, and equals the eager one."""
+"""Without processes and replicas, a compiled layer is one graph, and equals the eager one."""
 
 import copy
 

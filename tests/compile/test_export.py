@@ -91,7 +91,7 @@ def test_onnx_of_clamp_computes_the_same(training, tmp_path):
 
 def test_symbolic_trace_is_an_error_that_says_what_to_do():
     model = convert_model(net())
-    with pytest.raises(TypeError, match=r"Proxy of torch.fx.symbolic_trace.* revert_model.*is_leaf_module"):
+    with pytest.raises(TypeError, match=r"Proxy of torch.fx.symbolic_trace.*revert_model.*is_leaf_module"):
         torch.fx.symbolic_trace(model)
     assert torch.fx.symbolic_trace(revert_model(model)) is not None
 

@@ -21,17 +21,13 @@ class Branches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
         self.branches = nn.ModuleList(
-            nn.Sequential(
-                nn.BatchNorm2d(4), nn.Conv2d(4, width, 1), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 1)
-            )
+            nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 1))
             for width in (2, 3, 5)
         )
 
     def forward(self, x):
-        stem = self.stem(x)
-        return sum(branch(stem) for branch in self.branches)
+        return sum(branch(x) for branch in self.branches)
 
 
 def train(world, dynamic, all_sizes, repetitions, compiling):
@@ -72,17 +68,3 @@ def train_with_empty_shards(world):
 
 def test_empty_shards(workers):
     workers(2).run(train_with_empty_shards)
-
-
-def train_halves(world, dtype):
-    model = convert_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
-    twin = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    twin.load_state_dict(model.state_dict())
-    compiled = torch.compile(model, fullgraph=True)
-    whole = torch.randn(7, 3, 4, 4)
-    with torch.autocast("cpu", dtype=dtype):
-        world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], rtol=0.05, atol=0.2)
-
-
-def test_halves_under_autocast(workers):
-    workers(2).run(train_halves, torch.bfloat16)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ANSWER_SECONDS = 110.0
+ANSWER_SECONDS = 300.0  # Inductor's C++ compiler is slow on a busy machine
 
 
 class Workers:

@@ -1,4 +1,4 @@
-"""``eps_mode="clamp_synchronized"`` computes what vendored folders compute: a floor only where they synchronize."""
+"""``eps_mode="clamp_synchronized"`` computes what vendored folders compute: a floor only over replicas."""
 
 import pytest
 import torch

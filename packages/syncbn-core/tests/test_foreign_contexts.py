@@ -1,4 +1,4 @@
-"""Replication callbacks of vendored folders: a context without a group, and replicas made one after the other."""
+"""Callbacks of vendored folders: a context without a group, and replicas made one after the other."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A gradient inside a replica's forward is an error, because the loss of the other replicas does not exist yet."""
+"""A gradient inside a replica's forward is an error: the loss of the other replicas does not exist yet."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The layers are built as torch's own, by position and by keyword, and they name the package they come from."""
+"""The layers are built as torch's own, by position and by keyword, and name the package they come from."""
 
 import inspect
 import pickle

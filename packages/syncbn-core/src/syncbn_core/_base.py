@@ -100,7 +100,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if not self.training and (self.running_mean is not None or self.running_var is not None):
             return self._forward_running(input)
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
-            result: Tensor = _compiled.outside_graph(_forward_training)(self, input, synchronizes)
+            result: Tensor = _compiled.outside_of_graphs(_forward_training)(self, input, synchronizes)
             return result
         # A subclass of Tensor: the output is what the subclass makes of it.
         if has_torch_function_unary(input):

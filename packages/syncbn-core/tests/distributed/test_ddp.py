@@ -1,4 +1,4 @@
-"""In DistributedDataParallel every process runs its collectives in one order, whatever its own batch looks like."""
+"""In DistributedDataParallel all processes run their collectives in one order, whatever their batches are."""
 
 import copy
 

@@ -193,7 +193,7 @@ class Processes:
 
     def _collect(self, phase: str, values: Tensor, collective: Callable[[], Any]) -> None:
         try:
-            if os.environ.get(CHECK_VARIABLE, "0") not in ("", "0"):
+            if places_are_checked():
                 self._check_place(phase, values)
             collective()
         except BrokenSyncError:
@@ -212,6 +212,11 @@ class Processes:
         if len(set(places)) > 1:
             who = "; ".join(f"process {rank} in {other}" for rank, other in enumerate(places))
             raise BrokenSyncError(f"expected all processes at one place, got {who}")
+
+
+def places_are_checked() -> bool:
+    """Whether the environment asks to compare where the processes are, before each collective."""
+    return os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
 
 
 def processes_of(process_group: Any, name: str, calls: Calls) -> Processes | None:
