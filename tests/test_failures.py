@@ -97,7 +97,7 @@ def test_replicas_that_part_ways_are_an_error_that_names_the_layer(own_way, kind
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.float(), "at '?1'?, .*float32"),
+        (lambda x: x.float(), "at '?1'?.*float32"),
         (lambda x: torch.cat([x, x], dim=1), "8 channels .*at '?1'?, got 16"),
         (lambda x: x[0], "at '?1'?"),
         (lambda x: x.long(), "at '?1'?, got torch.int64"),

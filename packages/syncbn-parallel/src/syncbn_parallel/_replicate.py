@@ -48,7 +48,7 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
 
     Args:
         module: the module to replicate. It stays as it is.
-        devices: where the replicas go. An ``int`` is the number of a CUDA device.
+        devices: where the replicas go. A number is a device of the machine's accelerator, such as CUDA.
 
     Returns:
         The replicas, in the order of ``devices``.
@@ -88,8 +88,8 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
         if rank > 0:
             used = device in targets[:rank]
             own_buffers = {key: b.clone() if used or id(b) == key else b for key, b in own_buffers.items()}
-        tensors = {**parameters[device], **own_buffers}
-        replicas.append(cast(_M, _assemble(modules, attributes, references, tensors)))
+        own = _assemble(modules, attributes, references, parameters[device], own_buffers)
+        replicas.append(cast(_M, own))
     return replicas
 
 
@@ -112,18 +112,22 @@ def _by_device(tensors: Iterable[Tensor | None], devices: list[torch.device]) ->
 
 
 def _assemble(
-    modules: list[nn.Module], attributes: list[list[str]], references: References, tensors: _Tensors
+    modules: list[nn.Module],
+    attributes: list[list[str]],
+    references: References,
+    parameters: _Tensors,
+    buffers: _Tensors,
 ) -> nn.Module:
     """Build one replica of the first module from a copy of each and the tensors that it is to hold."""
     copies = {id(module): copy_of(module) for module in modules}
-    to_replica = ReplicaReferences(references, {**copies, **tensors})
+    to_replica = ReplicaReferences(references, {**copies, **buffers, **parameters})
     for module, keys in zip(modules, attributes):
         made = copies[id(module)]
         # Past nn.Module.__setattr__, which is slow and refuses a tensor that is no leaf as a parameter.
         state = made.__dict__
         state["_modules"] = {k: None if m is None else copies[id(m)] for k, m in module._modules.items()}
-        state["_parameters"] = _stand_ins(module._parameters, tensors)
-        state["_buffers"] = _stand_ins(module._buffers, tensors)
+        state["_parameters"] = _stand_ins(module._parameters, parameters)
+        state["_buffers"] = _stand_ins(module._buffers, buffers)
         if keys:
             turn_attributes(module, made, keys, to_replica.of)
         if "_flat_weights_names" in state:  # an RNN hands this list to its kernels
