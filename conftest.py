@@ -85,7 +85,10 @@ def pairwise_cover(cases: Sequence[dict[str, int]]) -> set[int]:
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the cases of each ``pairwise`` test that are not needed to cover all pairs as ``full``."""
+    """Mark what uses the accelerator, and what of a ``pairwise`` test is not needed to cover all pairs."""
+    for item in items:
+        if "accelerator" in getattr(item, "fixturenames", ()):
+            item.add_marker("accelerator")
     tests: defaultdict[str, list[Any]] = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and item.get_closest_marker("pairwise"):
