@@ -44,6 +44,7 @@ def test_a_cumulative_average_without_a_counter_leaves_the_running_statistics(
     torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()), **TIGHT)
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_channels_that_were_pruned_by_hand_leave_a_stale_num_features(options, fused, layer_of, run_replicas):
@@ -61,6 +62,7 @@ def test_channels_that_were_pruned_by_hand_leave_a_stale_num_features(options, f
     torch.testing.assert_close(layer.state_dict(), twin.state_dict(), **TIGHT)
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("names", ["weight bias", "running_mean running_var"])
 @pytest.mark.parametrize(
@@ -74,14 +76,18 @@ def test_an_input_of_another_dtype_than_the_layer_is_an_error(
     chunks = chunks_of(2, 1, dtype=inputs)
     with pytest.raises(RuntimeError):
         nn.BatchNorm2d(4, **options).to(layers)(chunks[0])
-    message = rf"input of the dtype of '{names.split()[0]}' at 'net\.0' \({layers}\), .*, got {inputs}: convert"
+    message = (
+        rf"input of the dtype of '{names.split()[0]}' at 'net\.0' \({layers}\), .*, got {inputs}: convert"
+    )
     with pytest.raises(RuntimeError, match=message):
         replicas_of(nn.Sequential(layer), 2).run(lambda replica, rank: replica(chunks[rank]))
 
 
 @FUSED
 @pytest.mark.parametrize("eps", [0.0, -1e-5])
-def test_an_eps_that_is_not_positive_is_torchs_error_in_training(eps, fused, layer_of, chunks_of, replicas_of):
+def test_an_eps_that_is_not_positive_is_torchs_error_in_training(
+    eps, fused, layer_of, chunks_of, replicas_of
+):
     layer, chunks = layer_of(eps=eps, fused=fused), chunks_of(2, 1)
     message = "batch_norm eps must be positive.*, but got"
     with pytest.raises(ValueError, match=message):
@@ -105,6 +111,7 @@ def test_an_empty_batch_alone_is_counted_and_has_a_second_derivative(kind, eps_m
 # What one channel has is nothing to the others
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -121,7 +128,5 @@ def test_a_nan_in_one_channel_leaves_the_others_exact(bad, layout, fused, run_re
     # At a mean of 1e6, float32 rounds what is subtracted by 0.03.
     torch.testing.assert_close(y[:, 0].double(), expected[:, 0], rtol=0, atol=0.07)
     torch.testing.assert_close(y[:, 1:].double(), expected[:, 1:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        layer.running_var[1:].double(), exact.var((0, 2, 3)), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(layer.running_var[1:].double(), exact.var((0, 2, 3)), rtol=1e-4, atol=0)
     assert not torch.isfinite(layer.running_var[0])

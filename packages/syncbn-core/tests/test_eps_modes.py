@@ -27,7 +27,9 @@ def layer_of_old(request, randomize):
 
 
 def batch_of(size):
-    std = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64).view(4, 1, 1)  # variances below and above EPS
+    std = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64).view(
+        4, 1, 1
+    )  # variances below and above EPS
     return torch.randn(size, 4, 3, 2, dtype=torch.float64) * std
 
 

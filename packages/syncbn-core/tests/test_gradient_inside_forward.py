@@ -1,4 +1,4 @@
-"""A gradient inside a replica's forward is an error, because the loss of the other replicas does not exist yet."""
+"""A gradient inside a replica's forward is an error: the loss of the other replicas does not exist yet."""
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from syncbn_core import SynchronizedBatchNorm1d
 
 pytestmark = pytest.mark.usefixtures("graph_kind")
 
-MESSAGE = r"expected the backward of '.*' after the forward of all replicas, got one inside of a replica's forward"
+MESSAGE = (
+    r"expected the backward of '.*' after the forward of all replicas, got one inside of a replica's forward"
+)
 
 
 class Forces(nn.Module):
@@ -28,6 +30,7 @@ def chunks():
     return [torch.randn(size, 3, dtype=torch.float64) for size in (2, 1, 3)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("retain_graph", [True, False], ids=["retained", "freed"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("culprits", [[0], [2], [0, 1, 2]], ids=str)

@@ -1,4 +1,4 @@
-"""Of half inputs, the gradient of the input has no larger an error than 1.5 times that of torch's own layer."""
+"""With half inputs, the error of the input gradient is at most 1.5 times that of torch's own layer."""
 
 import pytest
 import torch

@@ -7,8 +7,8 @@ from torch import nn
 from syncbn_core import SynchronizedBatchNorm1d
 
 MESSAGE = (
-    r"expected replica {rank} \(of 0 to 1\) to call its own copy of '{name}', got a call of a layer that is not "
-    r"part of this replica.*self\.bn.*evaluation mode"
+    r"expected replica {rank} \(of 0 to 1\) to call its own copy of '{name}', got a call of a layer that is "
+    r"not part of this replica.*self\.bn.*evaluation mode"
 )
 
 

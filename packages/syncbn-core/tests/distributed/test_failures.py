@@ -120,7 +120,9 @@ def go_astray_with_sums(world, way):
 def test_processes_at_different_layers_of_one_width_get_an_error_without_the_check(run, way, new_processes):
     errors = new_processes(2, GROUP_SECONDS).run(run, way)
     for error in errors:
-        assert re.match(r"expected all processes in the forward of '(stem|head)\.bn' \(call \d\), got ", error)
+        assert re.match(
+            r"expected all processes in the forward of '(stem|head)\.bn' \(call \d\), got ", error
+        )
         assert "at another layer or another call of it" in error
         assert "set SYNCBN_CHECK=1 to see where each process is" in error
 
@@ -139,7 +141,9 @@ def leave_one_backward_out(world, many):
 @pytest.mark.parametrize("many", [2, 9], ids=["sum", "gather"])
 def test_processes_in_the_backward_of_different_layers_get_an_error(many, new_processes):
     for error in new_processes(2, GROUP_SECONDS).run(leave_one_backward_out, many):
-        assert re.match(r"expected all processes in the backward of '(stem|head)\.bn' \(call 1\), got ", error)
+        assert re.match(
+            r"expected all processes in the backward of '(stem|head)\.bn' \(call 1\), got ", error
+        )
 
 
 def meet_another_width(world):

@@ -27,7 +27,9 @@ def train(world, sizes, options, intercepted, layout):
     for tensor in layer.state_dict().values():
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5)
-    twin = nn.BatchNorm2d(4, 0.3, layer.momentum, layer.affine, layer.track_running_stats, dtype=torch.float64)
+    twin = nn.BatchNorm2d(
+        4, 0.3, layer.momentum, layer.affine, layer.track_running_stats, dtype=torch.float64
+    )
     twin.load_state_dict(layer.state_dict())
     with two_are_many():
         for _ in range(2):
