@@ -33,6 +33,7 @@ OPTIONS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.pairwise
 @KINDS
 @OPTIONS
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -69,6 +70,7 @@ def test_evaluation_without_running_statistics_is_by_the_replicas_own_batch(repl
     torch.testing.assert_close(y, F.batch_norm(x, None, None, layer.weight, layer.bias, True), **EXACTLY)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("eps_mode", ["plus", "clamp"])
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])

@@ -44,6 +44,7 @@ def test_a_cumulative_average_without_a_counter_leaves_the_running_statistics(
     torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()), **TIGHT)
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_channels_that_were_pruned_by_hand_leave_a_stale_num_features(options, fused, layer_of, run_replicas):
@@ -61,6 +62,7 @@ def test_channels_that_were_pruned_by_hand_leave_a_stale_num_features(options, f
     torch.testing.assert_close(layer.state_dict(), twin.state_dict(), **TIGHT)
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("names", ["weight bias", "running_mean running_var"])
 @pytest.mark.parametrize(
@@ -109,6 +111,7 @@ def test_an_empty_batch_alone_is_counted_and_has_a_second_derivative(kind, eps_m
 # What one channel has is nothing to the others
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

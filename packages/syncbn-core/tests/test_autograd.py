@@ -108,6 +108,7 @@ def test_a_second_backward_adds_the_same_again(fused, layer_of, chunks, loss_of)
         loss.backward()
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("wanted", [[0], [2], [0, 1], [3], [4], [1, 4]], ids=str)
 def test_a_subset_of_the_gradients_is_a_subset(fused, wanted, layer_of, chunks, loss_of):
@@ -118,6 +119,7 @@ def test_a_subset_of_the_gradients_is_a_subset(fused, wanted, layer_of, chunks, 
     torch.testing.assert_close(subset, tuple(full[i] for i in wanted), **TIGHT)
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize(
     "frozen", [["weight"], ["bias"], ["weight", "bias"], ["x0"], ["x1", "x2"], ["x0", "x1", "x2"]], ids=str

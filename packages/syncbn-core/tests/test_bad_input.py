@@ -78,6 +78,7 @@ def test_a_layer_that_knows_its_name_says_it(replicas_of):
         replicas_of(nn.Sequential(layer), 2).modules[0](wrong)
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("replicas", [0, 1, 3], ids=["alone", "one replica", "three replicas"])
 def test_one_value_per_channel_in_all_replicas_together(replicas, fused, run_replicas):
@@ -89,6 +90,7 @@ def test_one_value_per_channel_in_all_replicas_together(replicas, fused, run_rep
         assert layer.num_batches_tracked == 0
 
 
+@pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 @pytest.mark.parametrize(

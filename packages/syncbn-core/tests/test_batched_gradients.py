@@ -10,6 +10,7 @@ FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 
 
+@pytest.mark.pairwise
 @FUSED
 @LAYOUTS
 @pytest.mark.parametrize("used", [[0, 1, 2], [1], [0, 2]], ids=str)

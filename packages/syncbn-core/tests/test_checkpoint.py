@@ -100,6 +100,7 @@ def gradients_of(replicas_of, weighted_sum):
     return gradients
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backwards", [1, 2], ids=["one backward", "retain_graph"])
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps_mode": "clamp", "eps": 0.3}], ids=str)
 @pytest.mark.parametrize("way", WAYS)
@@ -113,6 +114,7 @@ def test_gradients_and_running_statistics_are_those_without_checkpoints(
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), **TIGHT)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("needing", [[], [0], [1, 2]], ids=str)
 def test_inputs_that_need_no_gradient_change_nothing(needing, affine, inputs, gradients_of):

@@ -1,4 +1,4 @@
-"""Callbacks of vendored folders: a context without a group, and replicas made one after the other."""
+"""Replication callbacks of vendored folders: contexts without a group, and replicas made one by one."""
 
 import pytest
 import torch

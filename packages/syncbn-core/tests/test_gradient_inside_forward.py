@@ -30,6 +30,7 @@ def chunks():
     return [torch.randn(size, 3, dtype=torch.float64) for size in (2, 1, 3)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("retain_graph", [True, False], ids=["retained", "freed"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("culprits", [[0], [2], [0, 1, 2]], ids=str)

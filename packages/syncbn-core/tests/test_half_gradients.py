@@ -1,4 +1,4 @@
-"""The gradient of half inputs has at most 1.5 times the error of torch's own layer."""
+"""With half inputs, the error of the input gradient is at most 1.5 times that of torch's own layer."""
 
 import pytest
 import torch

@@ -28,12 +28,14 @@ def dense(kind):
     return {"spatial": kind.spatial, "layout": kind.layout}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (1, 4), (3, 1, 1, 2), (1,) * 8], ids=str)
 def test_several_replicas_are_one_batch(form, sizes, layer_of, chunks_of, check, taken):
     check(layer_of(form.kind), chunks_of(*sizes, **dense(form)))
     assert taken == [len(sizes)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("parameters", [{}, {"bias": False}, {"affine": False}], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, 0.0, None])
 @pytest.mark.parametrize("track_running_stats", [True, False], ids=["tracking", "untracked"])
@@ -97,6 +99,7 @@ def test_everything_is_bitwise_repeatable(layer_of, chunks_of, step, run_replica
 # Layouts and dtypes
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_outputs_and_gradients_are_as_the_inputs_in_shape_dtype_and_layout(
     form, dtype, layer_of, chunks_of, leaves_of, run_replicas, loss_of, taken
@@ -153,6 +156,7 @@ def against_float64(stock_twin, leaves_of, run_replicas):
     return run
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dy_layout", GRADIENTS)
 @LAYOUTS
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
@@ -218,6 +222,7 @@ def test_replicas_whose_inputs_differ_count_once(odd_one, momentum, layer_of, ch
 # Means far from zero
 
 
+@pytest.mark.pairwise
 @LAYOUTS
 @pytest.mark.parametrize("channels", [[0], [3], [0, 1, 2, 3]], ids=str)
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 0.01), (1e4, 1.0), (1e6, 1.0), (-1e6, 1.0)])
@@ -360,6 +365,7 @@ def test_where_nothing_needs_a_gradient_there_is_no_graph(layer_of, chunks_of, r
     assert not any(y.requires_grad for y in outputs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "used", [[1, 2], [0, 2], [0, 1], [0], [1], [2]], ids=lambda used: f"only {used} in the loss"
 )
@@ -375,6 +381,7 @@ def test_a_replica_that_the_loss_ignores_still_gets_its_gradient(
         assert dx.abs().max() > 1e-4
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "frozen",
     [
@@ -464,6 +471,7 @@ def test_a_change_of_one_output_is_none_of_the_others(
     torch.testing.assert_close([x.grad for x in inputs], [x.grad for x in expected], **TIGHT)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("changed", range(5))
 @pytest.mark.parametrize("used", [[0, 1, 2], [1]], ids=["all in the loss", "one in the loss"])
 def test_a_change_of_one_gradient_is_none_of_the_others(
@@ -627,6 +635,7 @@ def test_hooks_of_one_replica_see_what_that_replica_saves_and_nothing_else(
     assert {t.data_ptr() for t in seen if t.dim() == 4} == {own[0].data_ptr()}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("needs_input_gradients", [True, False], ids=["dx", "no dx"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("without", [[0], [2], [0, 1, 2]], ids=str)

@@ -47,6 +47,7 @@ def test_every_replica_has_its_own_storages(
         assert [tensor.untyped_storage().nbytes() for tensor in made] == [x.untyped_storage().nbytes()] * 2
 
 
+@pytest.mark.pairwise
 @ALL_LARGE
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (3, 0, 0, 2)], ids=str)
@@ -105,6 +106,7 @@ def transposed(y):
     return y.transpose(2, 3).contiguous()
 
 
+@pytest.mark.pairwise
 @ALL_LARGE
 @pytest.mark.parametrize("turned", [False, True], ids=["dy as x", "dy transposed"])
 @PARAMETERS
@@ -177,6 +179,7 @@ def batch_norms(monkeypatch):
     return samples
 
 
+@pytest.mark.pairwise
 @ALL_LARGE
 @PARAMETERS
 @LAYOUTS

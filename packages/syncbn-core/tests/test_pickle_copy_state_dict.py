@@ -98,6 +98,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.pairwise
 @KINDS
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_state_dicts_move_both_ways_between_torchs_layers_and_ours(
@@ -125,6 +126,7 @@ def test_a_change_of_class_makes_one_of_torchs_layers_ours(
     assert str(copy.deepcopy(layer)) == str(pickle.loads(pickle.dumps(layer))) == str(kind(3))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "move",
     [lambda m: m.half(), lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.to("meta")],

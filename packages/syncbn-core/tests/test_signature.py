@@ -1,4 +1,4 @@
-"""The layers are built as torch's own, by position and by keyword, and name the package they come from."""
+"""The layers have the arguments of torch's own, by position and by keyword, and name their public package."""
 
 import inspect
 import pickle

@@ -75,6 +75,7 @@ def test_local_statistics_of_half_inputs_have_the_digits_of_float32(dtype, memor
     np.testing.assert_allclose(statistics(x), by_numpy(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("shape", "memory_format"),
     [

@@ -114,6 +114,7 @@ def test_layers_of_one_name_or_under_two_names_do_not_mix(assert_whole_batch):
     assert shared.num_batches_tracked == before + 1
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("place", ["before", "between", "behind"])
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 def test_the_forward_after_a_failed_one_is_right(place, culprit, run, assert_whole_batch, monkeypatch):

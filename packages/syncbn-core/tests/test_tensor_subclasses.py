@@ -46,6 +46,7 @@ def wrapped(kind, x):
     return x
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("graph_kind", "fused"), WAYS, indirect=["graph_kind"])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in-place activation", "no activation"])
 @pytest.mark.parametrize("kind", [Labeled, Plain, Bare, nn.Parameter])

@@ -36,6 +36,7 @@ def chunks_of(split, spatial, **options):
     return [torch.randn(size, 4, *spatial, **options) * 3 + 1 for size in split]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("kind", "spatial"), SHAPES)
@@ -48,6 +49,7 @@ def test_any_split_of_any_shape_equals_the_whole_batch(
     assert_equals_whole_batch(layer, chunks, **TIGHT if dtype is torch.float64 else {})
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0])
 @pytest.mark.parametrize("track_running_stats", [True, False], ids=["tracking", "untracked"])
@@ -71,6 +73,7 @@ def test_one_sample_per_replica_is_enough(fused, randomize, assert_equals_whole_
     assert_equals_whole_batch(layer, chunks, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize(
     ("kind", "spatial", "memory_format"),
@@ -95,6 +98,7 @@ def test_channels_last_stays_channels_last(
         assert tensor.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("half_layer", [True, False], ids=["half layer", "float32 layer"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -106,6 +110,7 @@ def test_half_inputs_give_half_outputs(dtype, half_layer, fused, randomize, asse
     assert ours["y"].dtype == ours["dx"].dtype == dtype
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -94,6 +94,7 @@ SEVERAL = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 @pytest.mark.parametrize("sizes", SEVERAL, ids=str)

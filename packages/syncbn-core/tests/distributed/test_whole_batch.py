@@ -63,6 +63,7 @@ def train_as_one(processes):
     return train_as_one
 
 
+@pytest.mark.pairwise
 @BY_EVERY_PATH
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(("kind", "spatial"), SHAPES)
@@ -71,6 +72,7 @@ def test_any_split_of_any_shape_equals_the_whole_batch(sizes, kind, spatial, dty
     train_as_one(kind, sizes, spatial, dtype, path=path)
 
 
+@pytest.mark.pairwise
 @BY_EVERY_PATH
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0])
 @pytest.mark.parametrize("track_running_stats", [True, False], ids=["tracking", "untracked"])
@@ -91,6 +93,7 @@ def test_every_option_equals_the_whole_batch_step_after_step(
     )
 
 
+@pytest.mark.pairwise
 @BY_EVERY_PATH
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize(

@@ -73,14 +73,6 @@ def reduce_gradients(
     return ReducedGradients(dweight, dbias, total)
 
 
-def is_batched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether these are many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``)."""
-    # Private to torch, which has no public way to ask. Autograd still makes the tensors of its first vmap.
-    functorch = torch._C._functorch
-    kinds = (functorch.is_legacy_batchedtensor, functorch.is_batchedtensor)
-    return any(t is not None and any(is_kind(t) for is_kind in kinds) for t in tensors)
-
-
 def backward_kernels_of(device: torch.device, is_batched: bool) -> Kernels:
     """Return the kernels for a backward. For many gradients at once these are plain operations."""
     return PLAIN if is_batched else kernels_of(device)

@@ -26,13 +26,12 @@ from torch.autograd import Function
 
 from syncbn_core._autograd.gradients import (
     backward_kernels_of,
-    is_batched,
     reduce_gradients,
     refuse_inside_forward,
     refuse_second_derivative,
 )
 from syncbn_core._kernels import kernels_of
-from syncbn_core._kernels.layouts import DENSE, laid_out_as
+from syncbn_core._kernels.layouts import DENSE, is_batched, laid_out_as
 from syncbn_core._kernels.protocol import InputGradient, Reduction, Statistics, WholeBatch
 from syncbn_core._kernels.statistics import samples_per_channel
 from syncbn_core._kernels.streams import across, current_stream, wait_for

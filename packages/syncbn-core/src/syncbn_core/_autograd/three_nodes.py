@@ -33,12 +33,12 @@ from torch.autograd import Function
 
 from syncbn_core._autograd.gradients import (
     backward_kernels_of,
-    is_batched,
     reduce_gradients,
     refuse_inside_forward,
     refuse_second_derivative,
 )
 from syncbn_core._kernels import kernels_of
+from syncbn_core._kernels.layouts import is_batched
 from syncbn_core._kernels.protocol import InputGradient, Reduction
 from syncbn_core._kernels.statistics import merge_dtype
 from syncbn_core._kernels.streams import across

@@ -1,6 +1,8 @@
-"""The memory layouts that torch's batch-norm kernels are fast for."""
+"""The memory layouts that torch's batch-norm kernels are fast for, and tensors that they cannot read."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,3 +22,11 @@ def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
     then.
     """
     return dy if dy.stride() == x.stride() else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+
+
+def is_batched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``)."""
+    # Private to torch, which has no public way to ask. Autograd still makes the tensors of its first vmap.
+    functorch = torch._C._functorch
+    kinds = (functorch.is_legacy_batchedtensor, functorch.is_batchedtensor)
+    return any(t is not None and any(is_kind(t) for is_kind in kinds) for t in tensors)

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn_comm import BrokenSyncError
+from syncbn_core._kernels.layouts import is_batched
 from syncbn_core._kernels.statistics import merge_dtype, merge_stacked, merge_statistics
 
 CHECK_VARIABLE = "SYNCBN_CHECK"
@@ -139,7 +140,15 @@ class Processes:
         """Return the sum of the ``values`` of every process, in the backward.
 
         It may be written to ``values``, so these cannot be used any more.
+
+        Raises:
+            RuntimeError: ``values`` are many gradients at once.
         """
+        if is_batched([values]):
+            raise RuntimeError(
+                f"expected one gradient at a time in the backward of {self._place} over processes, got many at "
+                "once (is_grads_batched=True, jacobian(vectorize=True), torch.func.vmap): take them one by one"
+            )
         if values.is_cpu and not self.are_many:
             return self._gather(values, "backward").sum(0).to(values.dtype)
         return self._sum(values, "backward")
