@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -152,6 +153,7 @@ def wait_for_others() -> None:
 
 def work(rank: int, world_size: int, options: argparse.Namespace, folder: str) -> None:
     """Measure in one of the processes; process 0 writes it down."""
+    warnings.filterwarnings("default", module=r"torch\.")  # the compiler warns of parts of itself
     torch.set_num_threads(1)
     if world_size > 1:
         store = dist.FileStore(f"{folder}/store-{world_size}", world_size)

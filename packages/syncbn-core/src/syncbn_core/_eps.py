@@ -4,6 +4,8 @@ from typing import Literal, cast, get_args
 
 EpsMode = Literal["plus", "clamp"]
 
+_MODES = get_args(EpsMode)  # torch 2.4 cannot compile the call
+
 _default: EpsMode = "plus"
 
 
@@ -27,7 +29,7 @@ def set_sbn_eps_mode(mode: EpsMode) -> None:
 
 def check_eps_mode(mode: str) -> EpsMode:
     """Return ``mode`` where it is an eps mode, else raise ValueError."""
-    if mode not in get_args(EpsMode):
+    if mode not in _MODES:
         raise ValueError(f"expected eps_mode 'plus' or 'clamp', got {mode!r}")
     return cast(EpsMode, mode)
 
