@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
-from syncbn_convert import convert_model
 from syncbn_core import SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, set_sbn_eps_mode
 
 OPTIONS = {
@@ -103,11 +101,3 @@ def test_dynamic_shapes_are_one_graph():
         x = torch.randn(size, 3, size, 2, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), twin(x))
     assert len(graphs) == 1
-
-
-def test_replicas_break_the_graph_for_a_reason_and_are_right(split_as, train_step, assert_close):
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).double()
-    x = torch.randn(7, 3, 4, 4, dtype=torch.float64)
-    replicated = split_as(convert_model(copy.deepcopy(net)), [3, 4])
-    replicated.module[1].compile(backend="aot_eager")
-    assert_close(train_step(replicated, x), train_step(net, x))

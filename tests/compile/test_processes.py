@@ -222,5 +222,6 @@ def become_a_process_group(world):
     world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="what is compiled again there loses its gradients")
 def test_what_was_compiled_before_there_were_processes_synchronizes_afterwards(workers):
     workers(2).run(become_a_process_group)

@@ -6,6 +6,8 @@ from typing import Literal, cast, get_args
 
 EpsMode = Literal["plus", "clamp", "clamp_synchronized"]
 
+_MODES = get_args(EpsMode)  # torch 2.4 cannot compile the call
+
 _default: EpsMode = "plus"
 
 
@@ -30,8 +32,8 @@ def set_sbn_eps_mode(mode: EpsMode) -> None:
 
 def check_eps_mode(mode: str) -> EpsMode:
     """Return ``mode`` if it is an eps mode; otherwise raise ValueError."""
-    if mode not in get_args(EpsMode):
-        expected = ", ".join(map(repr, get_args(EpsMode)))
+    if mode not in _MODES:
+        expected = ", ".join(map(repr, _MODES))
         raise ValueError(f"expected eps_mode to be one of {expected}, got {mode!r}")
     return cast(EpsMode, mode)
 

@@ -59,11 +59,6 @@ def reduce_gradients(
     if parts:
         dweight, dbias = total[1] * invstd, total[0]
     if processes is not None:
-        if is_batched([total]):
-            raise RuntimeError(
-                "expected one gradient at a time through layers that synchronize over processes, got many at "
-                "once (is_grads_batched=True, or jacobian(vectorize=True)): call autograd.grad once for each"
-            )
         dbias = None if dbias is None else parts[0][0] if len(parts) == 1 else dbias.clone()
         total = processes.sum(total)
     if is_floor is not None:

@@ -146,8 +146,9 @@ class Processes:
         """
         if is_batched([values]):
             raise RuntimeError(
-                f"expected one gradient at a time in the backward of {self._place} over processes, got many at "
-                "once (is_grads_batched=True, jacobian(vectorize=True), torch.func.vmap): take them one by one"
+                f"expected one gradient at a time in the backward of {self._place} over processes, got many "
+                "at once (is_grads_batched=True, jacobian(vectorize=True), torch.func.vmap): compute them one "
+                "by one"
             )
         if values.is_cpu and not self.are_many:
             return self._gather(values, "backward").sum(0).to(values.dtype)
