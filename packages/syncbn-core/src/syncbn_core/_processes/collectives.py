@@ -147,8 +147,8 @@ class Processes:
         if is_batched([values]):
             raise RuntimeError(
                 f"expected one gradient at a time in the backward of {self._place} over processes, got many "
-                "at once (is_grads_batched=True, jacobian(vectorize=True), torch.func.vmap): compute them one "
-                "by one"
+                "at once (is_grads_batched=True, jacobian(vectorize=True), torch.func.vmap): call "
+                "autograd.grad once for each"
             )
         if values.is_cpu and not self.are_many:
             return self._gather(values, "backward").sum(0).to(values.dtype)
