@@ -1,4 +1,4 @@
-"""In DistributedDataParallel every process runs its collectives in one order, whatever its own batch looks like."""
+"""In DistributedDataParallel the collectives of all processes have one order, whatever the batches are."""
 
 import copy
 
