@@ -83,5 +83,5 @@ def repeat_backward_without_chains(world, replicas, ddp):
 @pytest.mark.parametrize("ddp", [False, pytest.param(True, marks=pytest.mark.full)], ids=["bare", "ddp"])
 def test_without_the_chains_it_is_not(ddp, new_processes):
     outcomes = new_processes(2, group_seconds=5).outcomes(repeat_backward_without_chains, 3, ddp)
-    # Mixed up, or a time-out, or the end of the process by gloo itself: never right.
+    # Mixed up, or a timeout, or the end of the process by gloo itself: never right.
     assert all(outcome is None or "error" in outcome for outcome in outcomes)

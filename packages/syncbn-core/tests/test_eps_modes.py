@@ -1,4 +1,4 @@
-"""``eps_mode="clamp_synchronized"`` computes what vendored folders compute: a floor only over replicas."""
+"""``eps_mode="clamp_synchronized"`` clamps only where a layer synchronizes, as vendored folders do."""
 
 import pytest
 import torch

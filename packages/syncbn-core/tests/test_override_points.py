@@ -1,4 +1,4 @@
-"""What forks of this idea override is honoured, and runs as often and where it always did."""
+"""What forks of this idea override is honored, and runs as often and where it always did."""
 
 import threading
 
@@ -39,7 +39,7 @@ def test_the_master_callback_runs_once_per_call_in_the_thread_of_replica_0(fused
 
 
 @FUSED
-def test_the_master_callback_decides_what_a_replica_normalises_with(fused, chunks, run_replicas):
+def test_the_master_callback_decides_what_a_replica_normalizes_with(fused, chunks, run_replicas):
     class Fork(SynchronizedBatchNorm2d):
         def _data_parallel_master(self, intermediates):
             results = super()._data_parallel_master(intermediates)

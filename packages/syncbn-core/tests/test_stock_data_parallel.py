@@ -175,7 +175,7 @@ def test_a_replica_that_ends_after_it_has_met_the_others_is_missed_at_once(repli
         assert any(REMEDY in note for note in outcome.__notes__)
 
 
-def test_a_replica_that_ends_before_it_has_met_anybody_is_waited_for_until_the_time_out(
+def test_a_replica_that_ends_before_it_has_met_anybody_is_waited_for_until_the_timeout(
     replicate, run_threads, monkeypatch
 ):
     monkeypatch.setenv("SYNCBN_TIMEOUT", "0.2")

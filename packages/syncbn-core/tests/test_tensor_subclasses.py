@@ -39,6 +39,12 @@ class Bare(torch.Tensor):
         return result.as_subclass(torch.Tensor) if isinstance(result, Bare) else result
 
 
+class Opaque(torch.Tensor):
+    """A subclass that operations do not see, as nn.Parameter is."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
 def wrapped(kind, x):
     x = x.as_subclass(kind)
     if kind is Labeled:
@@ -49,7 +55,7 @@ def wrapped(kind, x):
 @pytest.mark.pairwise
 @pytest.mark.parametrize(("graph_kind", "fused"), WAYS, indirect=["graph_kind"])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in-place activation", "no activation"])
-@pytest.mark.parametrize("kind", [Labeled, Plain, Bare, nn.Parameter])
+@pytest.mark.parametrize("kind", [Labeled, Plain, Bare, Opaque, nn.Parameter])
 def test_replicas_give_what_torchs_own_layer_gives(
     kind, in_place, graph_kind, fused, layer_of, stock_twin, chunks_of, run_replicas, weighted_sum
 ):

@@ -36,7 +36,7 @@ from syncbn_core._autograd.compiled_node import count_of, over_processes
 from syncbn_core._kernels.plain import normalize
 from syncbn_core._kernels.statistics import check_total, compute_dtype, local_statistics
 from syncbn_core._options import clamps
-from syncbn_core._processes.collectives import places_are_checked
+from syncbn_core._processes.collectives import note_compiled, places_are_checked
 from syncbn_core._processes.graph_collectives import group_of
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ HOOKS = ("_data_parallel_master", "_compute_mean_std")
 """What a fork may override and the traced forward does not call."""
 
 
-# A compiler asks once. This is what torch.compiler.assume_constant_result sets, but that loads the compiler.
-places_are_checked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A compiler calls these once. torch.compiler.assume_constant_result sets the same, but loads the compiler.
+for _function in (places_are_checked, note_compiled):
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:

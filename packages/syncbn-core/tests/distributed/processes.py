@@ -41,7 +41,7 @@ class Processes:
 
     Args:
         world_size: how many.
-        group_seconds: the time-out of their collectives.
+        group_seconds: the timeout of their collectives.
         environment: variables that they see besides this process's own.
     """
 

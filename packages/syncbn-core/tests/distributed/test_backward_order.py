@@ -55,7 +55,13 @@ def repeat_backward(world, repetitions):
         assert_same_gradients(world, model, twin)
 
 
-@pytest.mark.parametrize(("world_size", "repetitions"), [(2, REPETITIONS), (4, REPETITIONS // 10)])
+@pytest.mark.parametrize(
+    ("world_size", "repetitions"),
+    [
+        *((2, 50), (4, 5)),
+        *(pytest.param(*more, marks=pytest.mark.full) for more in ((2, REPETITIONS), (4, 20))),
+    ],
+)
 def test_backward_is_right_in_every_repetition(world_size, repetitions, processes):
     processes(world_size).run(repeat_backward, repetitions)
 
@@ -70,5 +76,5 @@ def repeat_backward_without_chains(world, repetitions):
 
 def test_without_the_chains_it_is_not(new_processes):
     outcomes = new_processes(2, group_seconds=5).outcomes(repeat_backward_without_chains, REPETITIONS)
-    # Mixed up, or a time-out, or the end of the process by gloo itself: never right.
+    # Mixed up, or a timeout, or the end of the process by gloo itself: never right.
     assert all(outcome is None or "error" in outcome for outcome in outcomes)

@@ -1,4 +1,4 @@
-"""In DistributedDataParallel all processes run their collectives in one order, whatever their batches are."""
+"""In DistributedDataParallel the collectives of all processes have one order, whatever the batches are."""
 
 import copy
 

@@ -117,8 +117,8 @@ def go_astray_with_sums(world, way):
 
 @pytest.mark.parametrize("way", ["skips a layer", "takes another order", "calls a layer once more"])
 @pytest.mark.parametrize("run", [go_astray, go_astray_with_sums], ids=["gather", "sum"])
-def test_processes_at_different_layers_of_one_width_get_an_error_without_the_check(run, way, new_processes):
-    errors = new_processes(2, GROUP_SECONDS).run(run, way)
+def test_processes_at_different_layers_of_one_width_get_an_error_without_the_check(run, way, processes):
+    errors = processes(2).run(run, way)
     for error in errors:
         assert re.match(
             r"expected all processes in the forward of '(stem|head)\.bn' \(call \d\), got ", error
@@ -139,8 +139,8 @@ def leave_one_backward_out(world, many):
 
 
 @pytest.mark.parametrize("many", [2, 9], ids=["sum", "gather"])
-def test_processes_in_the_backward_of_different_layers_get_an_error(many, new_processes):
-    for error in new_processes(2, GROUP_SECONDS).run(leave_one_backward_out, many):
+def test_processes_in_the_backward_of_different_layers_get_an_error(many, processes):
+    for error in processes(2).run(leave_one_backward_out, many):
         assert re.match(
             r"expected all processes in the backward of '(stem|head)\.bn' \(call 1\), got ", error
         )

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from syncbn_core._kernels.statistics import compute_dtype, merge_dtype, sum_over_batch, unsqueeze_channels
 from syncbn_core._options import clamps
 from syncbn_core._processes import graph_collectives as collectives
+from syncbn_core._processes.collectives import note_compiled
 from syncbn_core._processes.graph_collectives import Group
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def over_processes(layer: _SynchronizedBatchNorm, x: Tensor, group: Group) -> Te
         x: ``(N, C, *)``, the batch of this process; N may be 0.
         group: the processes.
     """
-    layer._own_calls().is_compiled = True
+    note_compiled(layer._name_in_all_processes())
     count = count_of(x)
     with torch.no_grad():
         mean, m2 = _statistics_in_one_pass(x, count)

@@ -67,12 +67,20 @@ THIS_PROCESS = Scope.THIS_PROCESS
 """As a layer's ``process_group``: synchronize over the replicas of this process alone."""
 
 
+# The names of layers that have run in a compiled graph, where nobody counts their calls.
+_compiled: set[str] = set()
+
+
+def note_compiled(name: str) -> None:
+    """Note that a layer is in a compiled graph, so that its eager calls do not tell their number."""
+    _compiled.add(name)
+
+
 class Calls:
     """How often a layer has synchronized over processes. Its replicas share one object."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.is_compiled = False  # then not all calls are counted
 
 
 class Processes:
@@ -87,7 +95,7 @@ class Processes:
     def __init__(self, group: Any, name: str, calls: Calls) -> None:
         self._group = group
         calls.number += 1
-        self._is_counted = not calls.is_compiled
+        self._is_counted = name not in _compiled
         self._place = f"{name!r} (call {calls.number})"
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)

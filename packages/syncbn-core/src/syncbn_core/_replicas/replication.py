@@ -66,7 +66,8 @@ class ReplicatedLayer(nn.Module):
         if getattr(ctx, "group", None) is not None:
             self._place = Place(ctx, copy_id, name, nested)
         elif not is_counted(self._place):
-            self._place = enlist_by_context(ctx, copy_id, name, nested)
+            original = self._original() if self._original is not None else self
+            self._place = enlist_by_context(id(original), ctx, copy_id, name, nested)
 
     def _replicate_for_data_parallel(self) -> Self:
         nested = self._group() is not None

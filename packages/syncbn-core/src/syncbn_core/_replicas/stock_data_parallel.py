@@ -26,6 +26,8 @@ from syncbn_core._replicas.place import Master, Place
 
 _REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call patch_replication_callback"
 
+Threads = weakref.WeakSet[threading.Thread]
+
 _replicating = threading.local()  # .forward: weak, the forward that this thread makes replicas for
 _running = threading.local()  # .attendance: of the replica that this thread runs
 
@@ -63,7 +65,7 @@ class _Forward:
         self._announced = announced
         self._layers: dict[int, tuple[str, int]] = {}  # id of a layer -> its unique name, its replicas so far
         self._current = 0  # the id of the layer that is being replicated
-        self.threads: set[int] = set()  # that have run replicas
+        self.threads: Threads = weakref.WeakSet()  # that have run replicas
         self._group: ReplicaGroup | None = None
         self._lock = threading.Lock()
 
@@ -115,20 +117,20 @@ class StockPlace(Place):
 
     def __init__(self, forward: Any, rank: int, name: str, nested: bool) -> None:
         super().__init__(forward, rank, name, nested)
-        self._threads: set[int] = forward.threads
+        self._threads: Threads = forward.threads
         self._caller = threading.get_ident()  # may run a replica, and the backward later
 
     def watch(self) -> Callable[[], bool]:
         """Return a function that tells whether a replica's own thread asks."""
         # A replica's thread ends with the replica, so what it differentiates belongs to its forward.
         threads = self._threads
-        return lambda: threading.get_ident() in threads
+        return lambda: threading.current_thread() in threads
 
     def meet(self, message: Any, master: Master) -> Any:
         """Meet the other replicas, with this thread's end as the end of this one."""
         group = self.group
         if threading.get_ident() != self._caller:
-            self._threads.add(threading.get_ident())
+            self._threads.add(threading.current_thread())
         attendance = getattr(_running, "attendance", None)
         if group is not None and (attendance is None or attendance.group() is not group):
             _running.attendance = _Attendance(group, self.rank)
@@ -152,7 +154,7 @@ class _Attendance:
             group.member(self._rank).__exit__(None, None, None)
 
 
-_by_context: weakref.WeakKeyDictionary[Any, _ContextForward] = weakref.WeakKeyDictionary()
+_by_context: weakref.WeakKeyDictionary[Any, dict[int, _ContextForward]] = weakref.WeakKeyDictionary()
 
 
 def is_counted(place: Place | None) -> bool:
@@ -161,18 +163,20 @@ def is_counted(place: Place | None) -> bool:
     return isinstance(forward, _Forward) and forward.is_announced
 
 
-def enlist_by_context(ctx: Any, copy_id: int, name: str, nested: bool) -> Place:
+def enlist_by_context(layer: int, ctx: Any, copy_id: int, name: str, nested: bool) -> Place:
     """Return a replica's place by the context that all replicas of its layer share.
 
     Args:
+        layer: a number for the layer of the replicated model.
         ctx: the context, of any class that can be referred to weakly.
         copy_id: the replica's number.
         name: the layer's name, for error messages.
         nested: whether the layer was itself a replica.
     """
-    forward = _by_context.get(ctx)
+    forwards = _by_context.setdefault(ctx, {})
+    forward = forwards.get(layer)
     if forward is None or forward.is_over(copy_id):
-        forward = _by_context[ctx] = _ContextForward()
+        forward = forwards[layer] = _ContextForward()
     forward.copies.add(copy_id)
     return StockPlace(forward, copy_id, name, nested)
 
@@ -182,7 +186,7 @@ class _ContextForward:
 
     def __init__(self) -> None:
         self.copies: set[int] = set()
-        self.threads: set[int] = set()
+        self.threads: Threads = weakref.WeakSet()
         self._group: ReplicaGroup | None = None
         self._lock = threading.Lock()
 
