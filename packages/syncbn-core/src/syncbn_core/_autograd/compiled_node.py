@@ -34,23 +34,23 @@ def over_processes(layer: _SynchronizedBatchNorm, x: Tensor, group: Group) -> Te
     """
     note_compiled(layer._name_in_all_processes())
     count = count_of(x)
-    with torch.no_grad():
-        mean, m2 = _statistics_in_one_pass(x, count)
-        mean, m2, total = collectives.merge(mean, m2, count, layer.eps, group)
-        if count < 2:  # the only case in which the total can be less than 2
-            collectives.expect(
-                total != 1,
-                "Expected more than 1 value per channel when training, got 1 in all replicas together at "
-                f"{layer._where()!r}",
-            )
-        var = m2 / total.clamp(min=1)
-        if layer.track_running_stats:
-            move = layer._move_running_statistics if count > 0 else partial(_move_unless_empty, layer, total)
-            move(mean, m2 / (total - 1))
-        if clamps(layer.eps_mode, synchronizes=True):
-            invstd, varies = var.clamp(min=layer.eps).rsqrt(), var >= layer.eps
-        else:
-            invstd, varies = (var + layer.eps).rsqrt(), None
+    # Detached rather than in no_grad: an error within would leave the graph's no_grad on.
+    mean, m2 = _statistics_in_one_pass(x.detach(), count)
+    mean, m2, total = collectives.merge(mean, m2, count, layer.eps, group)
+    if count < 2:  # the only case in which the total can be less than 2
+        collectives.expect(
+            total != 1,
+            "Expected more than 1 value per channel when training, got 1 in all replicas together at "
+            f"{layer._where()!r}",
+        )
+    var = m2 / total.clamp(min=1)
+    if layer.track_running_stats:
+        move = layer._move_running_statistics if count > 0 else partial(_move_unless_empty, layer, total)
+        move(mean, m2 / (total - 1))
+    if clamps(layer.eps_mode, synchronizes=True):
+        invstd, varies = var.clamp(min=layer.eps).rsqrt(), var >= layer.eps
+    else:
+        invstd, varies = (var + layer.eps).rsqrt(), None
     y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
         x, layer.weight, layer.bias, mean, invstd, varies, total, group.name, group.world_size
     )
