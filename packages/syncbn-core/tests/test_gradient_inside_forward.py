@@ -9,7 +9,7 @@ from syncbn_core import SynchronizedBatchNorm1d
 pytestmark = pytest.mark.usefixtures("graph_kind")
 
 MESSAGE = (
-    r"expected the backward of '.*' after the forward of all replicas, got one inside of a replica's forward"
+    r"expected the backward of '.*' after the forward of all replicas, got one inside a replica's forward"
 )
 
 

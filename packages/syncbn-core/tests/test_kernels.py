@@ -212,7 +212,7 @@ def test_merge_makes_the_statistics_of_the_whole_batch(
     assert whole.mean.dtype == whole.invstd.dtype == compute_dtype(dtype)
     torch.testing.assert_close(whole.mean.double(), mean, **float32_at_least(dtype))
     torch.testing.assert_close(whole.invstd.double(), invstd, **float32_at_least(dtype))
-    assert whole.count == sum(sizes)
+    assert whole.samples == sum(sizes)
     if eps_mode == "clamp":
         assert torch.equal(whole.is_floor, var < 0.5)
     if track_running_stats:

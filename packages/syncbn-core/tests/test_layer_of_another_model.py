@@ -14,7 +14,7 @@ MESSAGE = (
 
 def named(name):
     layer = SynchronizedBatchNorm1d(3)
-    layer._layer_name = name
+    layer.layer_name = name
     return layer
 
 

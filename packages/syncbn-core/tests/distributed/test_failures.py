@@ -58,7 +58,7 @@ CHECKED = {"SYNCBN_CHECK": "1"}
 
 def named(kind, name):
     layer = kind(4)
-    layer._layer_name = name  # as convert_model notes it
+    layer.layer_name = name  # as convert_model notes it
     return layer
 
 

@@ -94,7 +94,7 @@ def copy_and_pickle(world):
     for layer in (model[0], copy.deepcopy(model)[0]):
         assert layer.process_group is group, layer
     for layer in (model[0], copy.deepcopy(model)[0]):
-        with pytest.warns(UserWarning, match="process_group .* is not part of the pickle"):
+        with pytest.warns(UserWarning, match="process_group .* is not part of a pickle"):
             loaded = pickle.loads(pickle.dumps(layer))
         assert loaded.process_group is None
     alone = SynchronizedBatchNorm1d(5, process_group=THIS_PROCESS)
