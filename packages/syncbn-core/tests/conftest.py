@@ -17,7 +17,7 @@ from syncbn_core import (
     SynchronizedBatchNorm3d,
     _base,
 )
-from syncbn_core._autograd import one_node
+from syncbn_core._autograd import joined_node, one_node
 from syncbn_core._replicas.recomputation import may_be_intercepted
 
 JOIN_SECONDS = 60.0
@@ -259,7 +259,7 @@ def graph_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     elif may_be_intercepted():
         pytest.skip("this version of torch does not tell whether saved tensors are intercepted")
     elif kind == "one node":
-        monkeypatch.setattr(one_node, "JOINED_UP_TO", -1)
+        monkeypatch.setattr(joined_node, "JOINED_UP_TO", -1)
     return kind
 
 
@@ -282,15 +282,15 @@ def one_node_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def joined_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many inputs were joined to one batch, for each time that this was done."""
     calls: list[int] = []
-    join = one_node._join
+    reduce = joined_node.reduce
 
-    def spy(shares: Sequence[Any]) -> Any:
-        batch = join(shares)
-        if batch is not None:
-            calls.append(len(shares))
-        return batch
+    def spy(inputs: Sequence[Any], how: Any) -> Any:
+        outputs = reduce(inputs, how)
+        if outputs is not None:
+            calls.append(len(inputs))
+        return outputs
 
-    monkeypatch.setattr(one_node, "_join", spy)
+    monkeypatch.setattr(joined_node, "reduce", spy)
     return calls
 
 

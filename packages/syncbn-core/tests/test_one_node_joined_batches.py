@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from syncbn_core._autograd import one_node
+from syncbn_core._autograd import joined_node
 from syncbn_core._replicas.recomputation import may_be_intercepted
 
 pytestmark = pytest.mark.skipif(
@@ -30,10 +30,10 @@ def test_a_batch_of_up_to_the_limit_is_joined_and_no_larger_one(
     layer_of, chunks_of, check, one_node_calls, joined_calls, monkeypatch
 ):
     chunks = chunks_of(2, 2)
-    monkeypatch.setattr(one_node, "JOINED_UP_TO", chunks[0].numel())
+    monkeypatch.setattr(joined_node, "JOINED_UP_TO", chunks[0].numel())
     check(layer_of(), chunks)
     assert (one_node_calls, joined_calls) == ([2], [2])
-    monkeypatch.setattr(one_node, "JOINED_UP_TO", chunks[0].numel() - 1)
+    monkeypatch.setattr(joined_node, "JOINED_UP_TO", chunks[0].numel() - 1)
     check(layer_of(), chunks)
     assert (one_node_calls, joined_calls) == ([2, 2], [2])
 
@@ -43,7 +43,7 @@ def test_small_batches_are_not_joined_to_a_large_one(
     rank, layer_of, chunks_of, check, one_node_calls, joined_calls, monkeypatch
 ):
     chunks = chunks_of(*(4 if other == rank else 2 for other in range(3)))
-    monkeypatch.setattr(one_node, "JOINED_UP_TO", chunks[rank].numel() - 1)
+    monkeypatch.setattr(joined_node, "JOINED_UP_TO", chunks[rank].numel() - 1)
     check(layer_of(), chunks)
     assert (one_node_calls, joined_calls) == ([3], [])
 

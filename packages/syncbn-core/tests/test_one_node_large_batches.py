@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from syncbn_core import SynchronizedBatchNorm1d
-from syncbn_core._autograd import one_node
+from syncbn_core._autograd import joined_node, one_node
 from syncbn_core._kernels import cpu
 
 ALL_LARGE = pytest.mark.parametrize("graph_kind", ["one node"], indirect=True)
@@ -28,7 +28,7 @@ def test_batches_that_are_large_indeed_are_not_joined(
     layout, layer_of, chunks_of, assert_equals_whole_batch, one_node_calls, joined_calls
 ):
     chunks = chunks_of(1, 2, spatial=(256, 260), layout=layout)
-    assert all(chunk.numel() > one_node.JOINED_UP_TO for chunk in chunks)
+    assert all(chunk.numel() > joined_node.JOINED_UP_TO for chunk in chunks)
     assert_equals_whole_batch(layer_of(), chunks, rtol=1e-10, atol=1e-10)
     assert (one_node_calls, joined_calls) == ([2], [])
 

@@ -257,6 +257,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             eps=self.eps,
             clamps=clamped,
             finish=self._compute_mean_std if is_own else self._compute_mean_std_and_carry_back,
+            move=self._move_running_statistics,
             is_standard=is_own and moves and not clamped,
             running=self._running_statistics(),
             processes=processes,

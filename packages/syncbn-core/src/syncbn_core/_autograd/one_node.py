@@ -11,8 +11,7 @@
 every replica before the replicas can write them: on the CPU `reduce` allocates the outputs, and `leave`
 writes them. On other devices, where writing is a launch, `reduce` does that as well.
 
-Small batches on the CPU are joined: replica 0 makes one batch of all, which costs a copy and saves every
-replica its short calls of torch, each of which gives Python's global lock away and takes it back.
+Small batches on the CPU go through `joined_node`.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from syncbn_core._autograd import joined_node
 from syncbn_core._autograd.gradients import (
     backward_kernels_of,
     reduce_gradients,
@@ -31,13 +31,10 @@ from syncbn_core._autograd.gradients import (
     refuse_second_derivative,
 )
 from syncbn_core._kernels import kernels_of
-from syncbn_core._kernels.layouts import DENSE, is_batched, laid_out_as
+from syncbn_core._kernels.layouts import is_batched
 from syncbn_core._kernels.protocol import InputGradient, Reduction, Statistics, WholeBatch
 from syncbn_core._kernels.statistics import samples_per_channel
 from syncbn_core._kernels.streams import across, current_stream, wait_for
-
-# Batches of up to so many elements per replica are joined (measured on two cores, with 2 and 4 replicas).
-JOINED_UP_TO = 2**18
 
 
 class Share(NamedTuple):
@@ -81,7 +78,7 @@ class Output(NamedTuple):
 def enter(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, several: bool) -> Share:
     """Take the statistics of a replica's input: where data enters."""
     kernels = kernels_of(x.device)
-    joins = several and kernels.joins_small_batches and x.numel() <= JOINED_UP_TO
+    joins = several and kernels.joins_small_batches and x.numel() <= joined_node.JOINED_UP_TO
     statistics = None if joins else kernels.local_statistics(x, eps)
     return Share(x, statistics, samples_per_channel(x), weight, bias, current_stream(x.device))
 
@@ -93,9 +90,13 @@ def reduce(shares: Sequence[Share], how: Reduction) -> list[Output]:
         ValueError: there is one sample per channel in all replicas and processes together.
         BrokenSyncError: another process failed or did not come.
     """
+    inputs = [share.x for share in shares]
+    if len(shares) > 1 and all(share.statistics is None for share in shares):
+        joined = joined_node.reduce(inputs, how)
+        if joined is not None:
+            return [Output(y, None) for y in joined]
     previous = how.chain.take() if how.chain is not None else None
     plan = _plan(shares, how)
-    inputs = [share.x for share in shares]
     *ys, _ = _BatchNorm.apply(plan, how.weight, how.bias, previous, *inputs)  # type: ignore[no-untyped-call]
     if how.chain is not None and ys[0].grad_fn is not None:
         how.chain.give_node(ys[0].grad_fn)
@@ -117,14 +118,12 @@ class _Plan(NamedTuple):
 
     Attributes:
         shares: of all replicas.
-        joined: the inputs of all replicas as one batch, if they are joined.
         wholes: the statistics of the whole batch, on the device of each replica.
         leaves_outputs: whether the replicas write their outputs.
         how: the layer's part.
     """
 
     shares: Sequence[Share]
-    joined: Tensor | None
     wholes: Sequence[WholeBatch]
     leaves_outputs: bool
     how: Reduction
@@ -134,37 +133,16 @@ class _Plan(NamedTuple):
 def _plan(shares: Sequence[Share], how: Reduction) -> _Plan:
     home = shares[0].x.device
     kernels = kernels_of(home)
-    joined = _join(shares)
-    if joined is not None:
-        parts, counts = [kernels.local_statistics(joined, how.eps)], [samples_per_channel(joined)]
-    else:
-        found = [share.statistics or kernels.local_statistics(share.x, how.eps) for share in shares]
-        parts, counts = [_moved(part, home) for part in found], [share.samples for share in shares]
+    found = [share.statistics or kernels.local_statistics(share.x, how.eps) for share in shares]
+    parts, counts = [_moved(part, home) for part in found], [share.samples for share in shares]
     spread = kernels.merge(parts, counts, how).spread(share.x.device for share in shares)
-    leaves_outputs = kernels.normalizes_in_replicas and joined is None and len(shares) > 1
-    return _Plan(shares, joined, [spread[share.x.device] for share in shares], leaves_outputs, how)
+    leaves_outputs = kernels.normalizes_in_replicas and len(shares) > 1
+    return _Plan(shares, [spread[share.x.device] for share in shares], leaves_outputs, how)
 
 
 def _moved(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     first, second = pair
     return first.to(device, non_blocking=True), second.to(device, non_blocking=True)
-
-
-def _join(shares: Sequence[Share]) -> Tensor | None:
-    """Return all inputs as one batch, if nobody has statistics and one layout suits all."""
-    first = shares[0].x
-    if len(shares) == 1 or any(share.statistics is not None for share in shares):
-        return None
-    if any(share.x.shape[1:] != first.shape[1:] for share in shares):
-        return None
-    if not any(all(s.x.is_contiguous(memory_format=layout) for s in shares) for layout in DENSE):
-        return None
-    return torch.cat([share.x.detach() for share in shares])
-
-
-def _split(joined: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    # `.data`, because views would be told of the changes that are made to each other in place.
-    return [part.data for part in torch.split(joined, list(sizes))]
 
 
 class _BatchNorm(Function):
@@ -181,18 +159,12 @@ class _BatchNorm(Function):
         how = plan.how
         ctx.where, ctx.processes, ctx.chain = how.name, how.processes, how.chain
         ctx.is_running = how.is_running
-        ctx.wholes, ctx.sizes = plan.wholes, None
+        ctx.wholes = plan.wholes
         ctx.streams = [share.stream for share in plan.shares]
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         ctx.set_materialize_grads(False)
         link = torch.empty(0)  # what the next node of the chain depends on; the last of what is saved
         others = [None if s.weight is None else s.weight.detach() for s in plan.shares[1:]]
-        if plan.joined is not None:
-            ctx.sizes = [len(x) for x in inputs]
-            mean, invstd, *_ = plan.wholes[0]
-            y = kernels_of(plan.joined.device).normalize(plan.joined, mean, invstd, weight, bias)
-            ctx.save_for_backward(plan.joined, weight, link)
-            return *_split(y, ctx.sizes), link
         ctx.save_for_backward(*inputs, weight, *others, link)
         if plan.leaves_outputs:
             return *map(torch.empty_like, inputs), link
@@ -214,38 +186,19 @@ class _BatchNorm(Function):
         many = is_batched(dys)
         devices = [x.device for x in batches]
         with torch.no_grad(), across(devices[0], devices):
-            used = _joined_gradients(dys, batches[0], ctx.sizes) if ctx.sizes else dys
-            wanted = [any(need_inputs)] if ctx.sizes else need_inputs
             for dy, stream in zip(dys, ctx.streams):
                 if dy is None:  # no gradient has ordered this thread's streams after the forward's
                     wait_for(stream)
-            dweight, dbias, dxs = _gradients(used, batches, weights, wanted, ctx.wholes, ctx.processes, many)
-            if ctx.sizes and dxs[0] is not None:
-                dxs = torch.split(dxs[0], ctx.sizes) if many else _split(dxs[0], ctx.sizes)
-            elif ctx.sizes:
-                dxs = [None] * len(ctx.sizes)
+            dweight, dbias, dxs = _gradients(
+                dys, batches, weights, need_inputs, ctx.wholes, ctx.processes, many
+            )
             weight_dtype, bias_dtype = ctx.dtypes
             dweight = dweight.to(weight_dtype) if need_weight and dweight is not None else None
             dbias = dbias.to(bias_dtype) if need_bias and dbias is not None else None
-        # A joined batch is a copy that needs no gradient, even if the inputs do.
-        needing = torch.empty(0, requires_grad=any(need_inputs))
-        inputs = [needing] if ctx.sizes else batches
         dweight, dbias, *dxs = refuse_second_derivative(
-            ctx.where, [dweight, dbias, *dxs], [*dys, weights[0], *inputs]
+            ctx.where, [dweight, dbias, *dxs], [*dys, weights[0], *batches]
         )
         return None, dweight, dbias, None, *dxs
-
-
-def _joined_gradients(
-    dys: Sequence[Tensor | None], batch: Tensor, sizes: Sequence[int]
-) -> list[Tensor | None]:
-    """Return the gradients of all outputs as that of one batch."""
-    if all(dy is None for dy in dys):
-        return [None]
-    rest = batch.shape[1:]
-    parts = [batch.new_zeros(n, *rest) if dy is None else dy for dy, n in zip(dys, sizes)]
-    dy = torch.cat(parts)
-    return [dy if is_batched(dys) else laid_out_as(batch, dy)]
 
 
 def _gradients(

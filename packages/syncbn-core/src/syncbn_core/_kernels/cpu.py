@@ -197,3 +197,43 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         # Of halves in other layouts this kernel rounds the sum to a half.
         sum_dy = sum_over_batch(dy.to(mean.dtype))
     return sum_dy, sum_dy_xmu
+
+
+def train_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Normalize a batch that is all in one place, in training.
+
+    Args:
+        x: ``(N, C, *)``, at least 2 samples per channel.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        eps: added to the variance.
+
+    Returns:
+        y; mean, unbiased variance and ``1 / sqrt(biased variance + eps)``, ``(C,)`` each in the dtype of the
+        arithmetic. None if a mean is so far from 0 that these need more digits.
+    """
+    dtype = compute_dtype(x.dtype)
+    # torch's own kernel takes the statistics of a contiguous batch in one thread, 1.6 ns per element. For few
+    # elements that is less than the calls that it saves.
+    if x.dtype != dtype or not x.is_contiguous() or x.numel() <= _FEW:
+        mean, unbiased_var = torch.zeros(2, x.shape[1], dtype=dtype).unbind()
+        y, _, invstd = torch.native_batch_norm(x, weight, bias, mean, unbiased_var, True, 1.0, eps)
+        return None if _is_far(mean, unbiased_var, 1) else (y, mean, unbiased_var, invstd)
+    count = samples_per_channel(x)
+    mean, m2 = mean_and_m2(x, count)
+    if mean.dtype != dtype:
+        return None
+    var = m2 / count
+    y = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+    return y, mean, m2 / (count - 1), var.add_(eps).rsqrt_()
+
+
+def train_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, whole: WholeBatch, eps: float, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return dx, dweight and dbias of what `train_forward` has computed, those of them that are wanted."""
+    mean, invstd, *_ = whole
+    dx, dweight, dbias = _backward(dy, x, weight, None, None, mean, invstd, True, eps, list(wanted))
+    return dx, dweight, dbias

@@ -106,6 +106,7 @@ class Reduction(NamedTuple):
         eps: added to the variance, or its floor.
         clamps: whether eps is a floor.
         finish: the layer's own last step.
+        move: the part of it that moves the running statistics, given mean and unbiased variance.
         is_standard: whether ``finish`` does what torch's own layer does, so that a kernel may do it instead.
         running: the running statistics; None for none.
         processes: the processes to merge with; None for this one alone.
@@ -120,6 +121,7 @@ class Reduction(NamedTuple):
     eps: float
     clamps: bool
     finish: Finish
+    move: Callable[[Tensor, Tensor], None]
     is_standard: bool
     running: RunningStatistics | None
     processes: Processes | None
