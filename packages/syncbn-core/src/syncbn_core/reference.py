@@ -20,6 +20,8 @@ class BatchNorm2dReimpl(nn.Module):
         - Input and output: ``(N, C, H, W)``.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> x = torch.randn(2, 3, 4, 4)
         >>> torch.allclose(BatchNorm2dReimpl(3)(x), nn.BatchNorm2d(3)(x), atol=1e-5)
         True

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from syncbn_core import SynchronizedBatchNorm2d
-from syncbn_core._autograd import one_node
+from syncbn_core._autograd import joined_node, one_node
 from syncbn_core._replicas.recomputation import may_be_intercepted
 
 # As where there are no processes; pytest has that file for itself.
@@ -123,7 +123,7 @@ def test_replicas_that_the_loss_ignores_get_their_gradients(used, processes):
 
 
 def train_without_joining(world, sizes, not_joining):
-    with mock.patch.object(one_node, "JOINED_UP_TO", -1 if world.rank in not_joining else 2**18):
+    with mock.patch.object(joined_node, "JOINED_UP_TO", -1 if world.rank in not_joining else 2**18):
         return train(world, sizes)
 
 
