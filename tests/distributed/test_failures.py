@@ -41,6 +41,7 @@ def run_into_it(world, event):
 def test_all_replicas_of_the_others_get_an_error_that_names_the_layer(event, new_processes):
     survivor, other = new_processes(2, GROUP_SECONDS).outcomes(run_into_it, event)
     message, notes = survivor["result"]
-    assert message.startswith("process 0 of 2 could not synchronize with the others in the forward of '2': ")
+    start = "process 0 (of 0 to 1) could not synchronize with the others in the forward of '2' (call 1): "
+    assert message.startswith(start)
     assert "replica 0" in notes[0]
     assert other is None if event == "dies" else "no such image" in other["error"]

@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn_core._autograd.gradients import (
-    reduce_gradients,
-    refuse_inside_forward,
-    refuse_second_derivative,
-)
+from syncbn_core._autograd.gradients import refuse_inside_forward, refuse_second_derivative
 from syncbn_core._kernels import PLAIN
 from syncbn_core._kernels.cpu import train_backward, train_forward
 from syncbn_core._kernels.layouts import DENSE, is_batched, laid_out_as
@@ -94,6 +90,8 @@ class _JoinedBatchNorm(Function):
         batch, weight = ctx.saved_tensors
         _, _, _, _, need_weight, need_bias, *need_inputs = ctx.needs_input_grad
         dxs: Sequence[Tensor | None] = [None] * len(dys)
+        dweight: Tensor | None
+        dbias: Tensor | None
         with torch.no_grad():
             dy = torch.cat(dys)
             if is_batched(dys):
@@ -118,11 +116,8 @@ class _JoinedBatchNorm(Function):
 
 def _by_plain_operations(
     dy: Tensor, x: Tensor, weight: Tensor | None, whole: WholeBatch
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, dweight and dbias of many gradients at once."""
-    reduced = reduce_gradients([PLAIN.gradient_sums(dy, x, whole.mean, whole.invstd)], whole, None)
-    if reduced is None:
-        raise RuntimeError("expected gradients of at least one output, got none")
-    sum_dy, sum_dy_xmu = reduced.sums.unbind()
+    sum_dy, sum_dy_xmu = PLAIN.gradient_sums(dy, x, whole.mean, whole.invstd)
     given = InputGradient(whole.mean, whole.invstd, weight, sum_dy, sum_dy_xmu, whole.samples)
-    return PLAIN.input_gradient(dy, x, given), reduced.dweight, reduced.dbias
+    return PLAIN.input_gradient(dy, x, given), sum_dy_xmu * whole.invstd, sum_dy

@@ -18,7 +18,10 @@ from syncbn_core._replicas.place import Place, ReplicationContext
 from syncbn_core._replicas.stock_data_parallel import enlist, enlist_by_context, is_counted
 
 # What belongs to one process or one forward, so that no copy or pickle has it.
-_TRANSIENT = frozenset({"_place", "_calls", "_original"})
+_TRANSIENT = frozenset({"_place", "_original"})
+
+# Not on the layers: nothing of a forward stays on a model.
+_calls: weakref.WeakKeyDictionary[nn.Module, Calls] = weakref.WeakKeyDictionary()
 
 
 class ReplicatedLayer(nn.Module):
@@ -28,7 +31,6 @@ class ReplicatedLayer(nn.Module):
 
     layer_name: str | None = None
     _place: Place | None = None
-    _calls: Calls | None = None
     _original: weakref.ref[Any] | None = None  # on a replica: the layer of the replicated model
 
     def _group(self) -> ReplicaGroup | None:
@@ -43,9 +45,12 @@ class ReplicatedLayer(nn.Module):
 
     def _own_calls(self) -> Calls:
         """Return the counter of calls that the replicas share."""
-        if self._calls is None:
-            self._calls = Calls()
-        return self._calls
+        return _calls.setdefault(self._of_model(), Calls())
+
+    def _of_model(self) -> ReplicatedLayer:
+        """Return the layer of the replicated model that this is a replica of; itself if it is none."""
+        original: ReplicatedLayer | None = self._original() if self._original is not None else None
+        return self if original is None else original
 
     def _where(self) -> str:
         """Return the layer's name for messages: in the model where it is known, else its class."""
@@ -66,12 +71,10 @@ class ReplicatedLayer(nn.Module):
         if getattr(ctx, "group", None) is not None:
             self._place = Place(ctx, copy_id, name, nested)
         elif not is_counted(self._place):
-            original = self._original() if self._original is not None else self
-            self._place = enlist_by_context(id(original), ctx, copy_id, name, nested)
+            self._place = enlist_by_context(id(self._of_model()), ctx, copy_id, name, nested)
 
     def _replicate_for_data_parallel(self) -> Self:
         nested = self._group() is not None
-        self._own_calls()
         replica = self.__new__(type(self))
         # As nn.Module's own, which sets one by one what it exchanges, and takes three times as long.
         replica.__dict__.update(
@@ -88,8 +91,8 @@ class ReplicatedLayer(nn.Module):
     @contextmanager
     def _carrying_back(self) -> Iterator[None]:
         """Carry what is assigned to this replica meanwhile back to the layer of the replicated model."""
-        original = self._original() if self._original is not None else None
-        if original is None:
+        original = self._of_model()
+        if original is self:
             yield
             return
         buffers, attributes = dict(self._buffers), dict(self.__dict__)
