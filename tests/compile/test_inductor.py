@@ -48,10 +48,12 @@ def test_branches_are_right_in_every_repetition(workers):
     workers(2).run(train, False, [[3, 5]], REPETITIONS, [0, 1])
 
 
+@pytest.mark.full
 def test_branches_are_right_where_only_one_process_compiles(workers):
     workers(2).run(train, False, [[3, 5]], REPETITIONS, [1])
 
 
+@pytest.mark.full
 def test_one_graph_serves_shards_of_every_size(workers):
     workers(2).run(train, True, [[3, 5], [4, 2], [7, 6]], 3, [0, 1])
 

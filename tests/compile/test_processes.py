@@ -45,7 +45,7 @@ FOUR = [[3, 2, 4, 3], [1, 0, 0, 2], [3, 2, 4, 3]]
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("eager", False), ("aot_eager", False), ("aot_eager", True)], ids=str
 )
-@pytest.mark.parametrize("all_sizes", [TWO, FOUR], ids=["two", "four"])
+@pytest.mark.parametrize("all_sizes", [TWO, pytest.param(FOUR, marks=pytest.mark.full)], ids=["two", "four"])
 def test_every_step_is_that_of_the_whole_batch(all_sizes, dynamic, backend, workers):
     workers(len(all_sizes[0])).run(train, backend, dynamic, all_sizes)
 

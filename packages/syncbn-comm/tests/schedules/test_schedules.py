@@ -20,6 +20,7 @@ from syncbn_comm import (
 SCHEDULES = 24_000
 LINE_SCHEDULES = 6_000
 CHUNKS = 12
+CHUNK_NUMBERS = [0, 1, *(pytest.param(chunk, marks=pytest.mark.full) for chunk in range(2, CHUNKS))]
 EVENTS = ("raise", "leave", "abort", "combine", "elsewhere")
 
 
@@ -145,13 +146,13 @@ def run_and_check(scheduler, seed, every_line):
         raise
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("chunk", CHUNK_NUMBERS)
 def test_no_schedule_of_a_group_hangs_or_mixes_rounds_or_loses_the_first_cause(scheduler, chunk):
     for seed in range(chunk, SCHEDULES, CHUNKS):
         run_and_check(scheduler, seed, every_line=False)
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("chunk", CHUNK_NUMBERS)
 def test_the_same_holds_when_threads_change_at_every_line(scheduler, chunk):
     for seed in range(chunk, LINE_SCHEDULES, CHUNKS):
         run_and_check(scheduler, seed, every_line=True)
