@@ -238,7 +238,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the types of every package, and of a program that calls it as installed."""
-    install_torch(session, "mypy")
+    install_torch(session, "mypy", "numpy")
     install_only(session, LAYERS)
     for package in LAYERS:
         session.run("mypy", f"packages/syncbn-{package}/src")
