@@ -192,15 +192,27 @@ def test_replicas_that_change_their_inputs_do_not_disturb_each_others_backward(r
         model(torch.randn(16, 4).double()).sum().backward()
 
 
-def test_a_leaf_that_requires_grad_keeps_its_value_and_gets_the_gradient():
-    """In the single model this is an error. Here each replica changes a copy."""
-    x = torch.randn(6, 4).double()
-    own, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
-    weights = torch.randn(6, 4).double()
-    (DataParallelWithCallback(decoder(nn.ReLU(inplace=True)), ["cpu"] * 3)(own) * weights).sum().backward()
-    (decoder(nn.ReLU())(expected) * weights).sum().backward()
-    assert torch.equal(own.detach(), x)
-    torch.testing.assert_close(own.grad, expected.grad, **EXACT)
+def test_a_leaf_that_requires_grad_may_not_be_changed_in_place():
+    for wrap in wrappers():
+        x = torch.randn(6, 4).double()
+        own = x.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match=r"leaf Variable that requires grad|is being modified inplace"):
+            wrap(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2).double()))(own)
+        assert torch.equal(own.detach(), x)
+
+
+def test_a_leaf_that_requires_grad_is_not_copied():
+    seen = []
+
+    class Look(nn.Module):
+        def forward(self, x):
+            seen.append(x.untyped_storage().data_ptr())
+            return x * 2
+
+    x = torch.randn(6, 4, requires_grad=True)
+    DataParallelWithCallback(Look(), ["cpu"] * 3)(x).sum().backward()
+    assert set(seen) == {x.untyped_storage().data_ptr()}
+    assert torch.equal(x.grad, torch.full((6, 4), 2.0))
 
 
 def test_an_input_that_is_not_changed_keeps_its_history_and_its_memory():

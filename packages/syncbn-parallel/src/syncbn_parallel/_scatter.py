@@ -154,12 +154,13 @@ def _split(value: Any, devices: Sequence[torch.device], dim: int, path: str) -> 
 def _split_tensor(tensor: Tensor, devices: Sequence[torch.device], dim: int) -> list[Tensor]:
     if len(devices) == 1:
         return [moved(tensor, devices[0])]
-    # A leaf cannot take the gradient of a change in place: its chunks are copies.
-    if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled() and tensor.device in devices:
-        tensor = tensor.clone()
-    # Unlike those of `chunk`, these are no views. Each may be changed in place, and its version, which the
-    # backward checks, is its own. `InputChanges` does the rest of what a view does.
-    chunks = tensor.unsafe_chunk(len(devices), dim)
+    if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
+        # A leaf may not be changed in place. Its chunks are views, so torch refuses that here too.
+        chunks = tensor.chunk(len(devices), dim)
+    else:
+        # Unlike those of `chunk`, these are no views. Each may be changed in place, and its version, which
+        # the backward checks, is its own. `InputChanges` does the rest of what a view does.
+        chunks = tensor.unsafe_chunk(len(devices), dim)
     return [moved(chunk, device) for chunk, device in zip(chunks, devices, strict=True)]
 
 
