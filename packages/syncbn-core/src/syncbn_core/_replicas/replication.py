@@ -18,7 +18,7 @@ from syncbn_core._replicas.place import Place, ReplicationContext
 from syncbn_core._replicas.stock_data_parallel import enlist, enlist_by_context, is_counted
 
 # What belongs to one process or one forward, so that no copy or pickle has it.
-_TRANSIENT = frozenset({"_place", "_original"})
+_TRANSIENT = frozenset({"_place", "_original", "_layer_id"})
 
 # Not on the layers: nothing of a forward stays on a model.
 _calls: weakref.WeakKeyDictionary[nn.Module, Calls] = weakref.WeakKeyDictionary()
@@ -32,6 +32,7 @@ class ReplicatedLayer(nn.Module):
     layer_name: str | None = None
     _place: Place | None = None
     _original: weakref.ref[Any] | None = None  # on a replica: the layer of the replicated model
+    _layer_id: int | None = None  # the id of that layer, which may be gone
 
     def _group(self) -> ReplicaGroup | None:
         """Return the replicas of this forward in this process, where there are several."""
@@ -71,7 +72,7 @@ class ReplicatedLayer(nn.Module):
         if getattr(ctx, "group", None) is not None:
             self._place = Place(ctx, copy_id, name, nested)
         elif not is_counted(self._place):
-            self._place = enlist_by_context(id(self._of_model()), ctx, copy_id, name, nested)
+            self._place = enlist_by_context(self._layer_id or id(self), ctx, copy_id, name, nested)
 
     def _replicate_for_data_parallel(self) -> Self:
         nested = self._group() is not None
@@ -85,6 +86,7 @@ class ReplicatedLayer(nn.Module):
             _is_replica=True,
             _place=enlist(self, self._where(), nested),
             _original=weakref.ref(self),
+            _layer_id=id(self),
         )
         return replica
 
