@@ -38,6 +38,8 @@ def name_of(page):
     return str(page.relative_to(ROOT))
 
 
+# The first import of the compiler warns of a function that it uses itself.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
