@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -216,29 +215,6 @@ def check(
     ours = step(layer, chunks, replicas, behind)
     torch.testing.assert_close(ours, step(twin, chunks, whole, behind), rtol=1e-12, atol=1e-12)
     return ours
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of a ``pairwise`` matrix ``full``, but for some that cover every pair of parameters."""
-    matrices: dict[Any, list[pytest.Function]] = {}
-    for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
-            matrices.setdefault((item.path, item.originalname), []).append(item)
-    for matrix in matrices.values():
-        bits: dict[Any, int] = {}  # one for each pair of parameters
-        covers: dict[pytest.Item, int] = {}
-        for item in matrix:
-            parameters = [(name, repr(value)) for name, value in item.callspec.params.items()]
-            pairs = combinations(parameters, 2)
-            covers[item] = sum(1 << bits.setdefault(pair, len(bits)) for pair in pairs)
-        uncovered = (1 << len(bits)) - 1
-        while uncovered:
-            # The first of those that cover the most; the same ones in every run.
-            chosen = max(covers, key=lambda item: (covers[item] & uncovered).bit_count())
-            uncovered &= ~covers.pop(chosen)
-        for item in covers:
-            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(autouse=True)
