@@ -73,7 +73,7 @@ def test_a_taken_identifier_is_refused_while_somebody_waits_and_the_round_goes_o
     first = 0 if waiter == "master" else 2
     join = threads.start(lambda: calls[first](first))
     waiting(master, first)
-    text = f"^expected 1 to register before the round, got it while replica {first} waits$"
+    text = f"^expected 1 to register before the round, got a registration while replica {first} waits$"
     with pytest.raises(SyncError, match=text) as caught:
         master.register_slave(1)
     assert isinstance(caught.value, ValueError)
@@ -99,7 +99,7 @@ def test_nobody_can_register_while_the_next_round_of_a_set_is_under_way(threads,
     joins = [threads.start(lambda: pipes[0].run_slave(1)), threads.start(lambda: pipes[1].run_slave(2))]
     waiting(master, 1, 2)
     for newcomer in (1, 3):
-        with pytest.raises(ValueError, match=r"before the round, got it while replicas 1, 2 wait$"):
+        with pytest.raises(ValueError, match=r"before the round, got a registration while replicas 1, 2 wait$"):
             master.register_slave(newcomer)
     assert [master.run_master(0), *joins[0](), *joins[1]()] == [[(0, 0), (1, 1), (2, 2)]] * 3
 
@@ -110,7 +110,7 @@ def test_nobody_can_register_while_the_callback_runs(threads, newcomer):
 
     def callback(messages):
         with pytest.raises(
-            ValueError, match=rf"expected {newcomer} to register before the round, got it dur"
+            ValueError, match=rf"expected {newcomer} to register before the round, got a registration dur"
         ):
             master.register_slave(newcomer)
         refused.append(newcomer)
@@ -125,7 +125,7 @@ def test_nobody_can_register_while_the_callback_runs(threads, newcomer):
 
 
 @pytest.mark.parametrize("newcomer", [1, 3])
-def test_registering_after_a_failure_begins_anew_and_old_pipes_stay_broken(threads, newcomer):
+def test_registering_after_a_failure_begins_a_new_set_and_old_pipes_stay_broken(threads, newcomer):
     master = SyncMaster(everything, timeout=None)
     old = [master.register_slave(rank) for rank in (1, 2)]
     boom = Boom("bad batch")

@@ -79,7 +79,7 @@ def too_late(identifier: Hashable, participants: Iterable[Participant]) -> str:
     else:
         waiters = _waiting(participants)
         moment = f"while {_names(waiters)} {'waits' if len(waiters) == 1 else 'wait'}"
-    return f"expected {identifier!r} to register before the round, got it {moment}"
+    return f"expected {identifier!r} to register before the round, got a registration {moment}"
 
 
 def described_group(name: str | None, participants: list[Participant], broken: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Containers in the arguments and outputs of a model: what they hold, and how to build them anew."""
+"""Containers in the arguments and outputs of a model: what they hold, and how to rebuild them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rebuilt(like: Any, parts: Sequence[Any], path: str) -> Any:
     """Return a container like ``like``, of the same type, with other parts in the same order.
 
     Raises:
-        TypeError: the type cannot be built anew.
+        TypeError: the type cannot be rebuilt.
     """
     try:
         if isinstance(like, (tuple, list)):
@@ -68,7 +68,7 @@ def rebuilt(like: Any, parts: Sequence[Any], path: str) -> Any:
         return _dataclass(like, parts)
     except Exception as error:
         raise TypeError(
-            f"expected containers that can be built anew, got a {type(like).__name__} in {path}, which raised"
+            f"expected containers that can be rebuilt, got a {type(like).__name__} in {path}, which raised"
             f" {type(error).__name__}: {error}; use a dict, a list, a tuple or a dataclass in its place"
         ) from error
 
@@ -95,12 +95,12 @@ def _mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     for key, item in items.items():
         made[key] = item
     if made is like or any(made[key] is not item for key, item in items.items()):
-        raise TypeError("its copy does not hold what was put into it")
+        raise TypeError("its copy does not hold the same items")
     return made
 
 
 def _dataclass(like: Any, parts: Sequence[Any]) -> Any:
-    # Not by its constructor, which may want other arguments, or compute the fields anew.
+    # Not by its constructor, which may want other arguments, or compute the fields again.
     made = copy.copy(like)
     for name, part in zip(_attributes(like), parts):
         object.__setattr__(made, name, part)

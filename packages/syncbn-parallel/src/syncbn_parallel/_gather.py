@@ -30,7 +30,7 @@ def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
     Raises:
         ValueError: the outputs differ in structure, or in something that is no tensor. The message says
             where, and what to return instead.
-        TypeError: an output is a ``PackedSequence``, or a container that cannot be built anew.
+        TypeError: an output is a ``PackedSequence``, or a container that cannot be rebuilt.
     """
     return _join(outputs, device, dim, "the output")
 

@@ -51,7 +51,7 @@ class ReplicaForward:
                 if not master.broken:
                     master.abort(
                         ReplicaLeftError(
-                            f"replica {rank} (of 0 to {last}) finished, so it will not come to {name!r}"
+                            f"replica {rank} (of 0 to {last}) finished without reaching {name!r}"
                         )
                     )
         if self._left > last:

@@ -72,7 +72,7 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
         if isinstance(submodule, torch.jit.ScriptModule):
             raise RuntimeError(
                 "expected modules of Python code to replicate, got a TorchScript module "
-                f"as {name or 'the model'!r}; replicate what it was scripted or traced from"
+                f"as {name or 'the model'!r}; replicate the module that it was scripted or traced from"
             )
         modules.append(submodule)
     if not targets:

@@ -66,7 +66,7 @@ def scatter_kwargs(
         ValueError: a tensor has no dimension ``dim``; or two tensors cannot be split side by side, because
             they make different numbers of chunks, or the chunks of one are not all the same whole multiple of
             those of the other. An empty tensor goes with any others.
-        TypeError: an argument is a ``PackedSequence``, or a container that cannot be built anew.
+        TypeError: an argument is a ``PackedSequence``, or a container that cannot be rebuilt.
     """
     arguments = (tuple(inputs), dict(kwargs or {}))
     if not any(arguments):
@@ -124,7 +124,7 @@ def _common_count(found: Mapping[str, _Chunks], dim: int) -> int | None:
     raise ValueError(
         f"expected tensors of one size along dim {dim}, or tensors that can be split side by side, got "
         + ", ".join(f"{chunks} of {path}" for path, chunks in found.items() if chunks.count)
-        + "; a tensor that every replica needs whole belongs into a buffer of the module"
+        + "; if every replica needs the whole tensor, make it a buffer of the module"
     )
 
 

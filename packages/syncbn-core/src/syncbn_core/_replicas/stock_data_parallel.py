@@ -104,8 +104,8 @@ class _Forward:
                 counts = {replicas for _, replicas in self._layers.values()}
                 if len(counts | {self._announced or min(counts)}) > 1:
                     raise RuntimeError(
-                        "expected as many replicas of every synchronized layer, got "
-                        f"{dict(self._layers.values())}; which of them belong to one forward cannot be told: "
+                        "expected the same number of replicas of every synchronized layer, got "
+                        f"{dict(self._layers.values())}, so it is unknown which replicas belong to one forward: "
                         + _REMEDY
                     )
                 self._group = ReplicaGroup(counts.pop())
@@ -137,7 +137,9 @@ class StockPlace(Place):
         try:
             return super().meet(message, master)
         except BrokenSyncError as error:
-            error.add_note("a stock nn.DataParallel tells no one why a replica ended; to see it, " + _REMEDY)
+            error.add_note(
+                f"a stock nn.DataParallel does not report why a replica ended; to see the reason, {_REMEDY}"
+            )
             raise
 
 
