@@ -82,12 +82,14 @@ def install_torch(session: nox.Session, *tools: str) -> None:
     session.install(*tools, "torch", *PINNED)
 
 
-def run_pytest(session: nox.Session, *targets: str, marks: str = "not soak") -> None:
+def run_pytest(
+    session: nox.Session, *targets: str, marks: str = "not soak", accelerator: bool = True
+) -> None:
     """Run tests, and the examples in the docstrings of the targets that are packages."""
     no_tests_collected = 5  # a package may have none with these marks
     # torch prepares for the devices that it knows at the first backward. So the simulated accelerator, once
     # loaded, is there for good, and loaded late it does not work.
-    for process in ("not accelerator", "accelerator"):
+    for process in ("not accelerator", "accelerator") if accelerator else ("not accelerator",):
         session.run(
             *("python", "-m", "pytest", "-m", f"{marks} and {process}", "--doctest-modules", "--pyargs"),
             *targets,
@@ -99,7 +101,9 @@ def run_pytest(session: nox.Session, *targets: str, marks: str = "not soak") -> 
 def run_alone(session: nox.Session, package: str, marks: str) -> None:
     """Run one package's tests on nothing but the layers below it."""
     install_only(session, LAYERS[package])
-    run_pytest(session, f"packages/syncbn-{package}/tests", f"syncbn_{package}", marks=marks)
+    folder = f"packages/syncbn-{package}/tests"
+    accelerator = any("accelerator" in path.read_text("utf-8") for path in (ROOT / folder).rglob("*.py"))
+    run_pytest(session, folder, f"syncbn_{package}", marks=marks, accelerator=accelerator)
 
 
 def public_surface() -> list[str]:

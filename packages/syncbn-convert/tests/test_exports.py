@@ -54,9 +54,9 @@ def test_only_public_names_of_the_other_packages_are_imported():
                 assert not [name.name for name in node.names if name.name.startswith("_")], path.name
 
 
-def test_importing_is_silent_and_patches_nothing():
+def test_importing_is_silent_and_patches_nothing_and_no_conversion_imports_timm():
     program = (
-        "import torch\n"
+        "import sys, torch\n"
         "from torch.nn.modules import batchnorm, module\n"
         "from torch.nn.parallel import data_parallel, distributed\n"
         "places = [torch.nn, batchnorm, module, data_parallel, distributed]\n"
@@ -64,6 +64,8 @@ def test_importing_is_silent_and_patches_nothing():
         "before = [dict(vars(p)) for p in places]\n"
         "import syncbn_convert\n"
         "assert [dict(vars(p)) for p in places] == before\n"
+        "syncbn_convert.convert_model(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))\n"
+        "assert 'timm' not in sys.modules\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=100

@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from syncbn_convert import convert_model, inspect_model, register_conversion
+from syncbn_convert.__main__ import main
 from syncbn_core import THIS_PROCESS
 
 
@@ -138,20 +139,32 @@ def test_a_layer_by_itself_and_a_model_without_any_print_too():
     assert str(inspect_model(nn.Linear(3, 3))).endswith("0 synchronize, 0 do not")
 
 
+MODELS = """
+from torch import nn
+def make(): return nn.Sequential(nn.BatchNorm1d(3))
+class Nets: small = nn.BatchNorm2d(5)
+def needs(width): return nn.BatchNorm1d(width)
+nothing = list
+"""
+
+
 @pytest.fixture
-def shell(tmp_path):
-    """Runs the module on a package of its own; what comes back is the exit code, stdout and stderr."""
-    (tmp_path / "models.py").write_text(
-        "from torch import nn\n"
-        "def make(): return nn.Sequential(nn.BatchNorm1d(3))\n"
-        "class Nets: small = nn.BatchNorm2d(5)\n"
-        "def needs(width): return nn.BatchNorm1d(width)\n"
-        "nothing = list\n"
-    )
+def models(tmp_path, monkeypatch):
+    """Return a folder with a module ``models``, which can be imported in this process too."""
+    (tmp_path / "models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    yield tmp_path
+    sys.modules.pop("models", None)
+
+
+@pytest.fixture
+def shell(models):
+    """Runs the module in a shell."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-W", "error", "-m", "syncbn_convert", *arguments]
-        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(models), os.environ.get("PYTHONPATH", "")])
         return subprocess.run(
             command, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": path}
         )
@@ -159,18 +172,37 @@ def shell(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("target", ["models:make", "models:Nets.small"])
-def test_a_shell_gets_the_table(shell, target):
-    done = shell(target)
+def test_a_shell_gets_the_table(shell):
+    done = shell("models:make")
 
     assert done.returncode == 0, done.stderr
     assert "1 synchronize, 0 do not" in done.stdout
 
 
-def test_a_shell_can_skip(shell):
-    assert "matches skip='0'" in shell("models:make", "--skip", "0").stdout
+def test_a_shell_gets_the_message_without_a_traceback(shell):
+    done = shell("models:make", "--skip", "1")
+
+    assert done.returncode == 2
+    assert "skip: expected the name of a module or a pattern for names, got '1'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("target", ["models:make", "models:Nets.small"])
+def test_a_factory_and_a_model_give_the_table(target, capsys):
+    main([target])
+
+    assert "1 synchronize, 0 do not" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
+def test_a_shell_can_skip(capsys):
+    main(["models:make", "--skip", "0"])
+
+    assert "matches skip='0'" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("models")
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -181,9 +213,9 @@ def test_a_shell_can_skip(shell):
         ("models:nothing", "expected 'models:nothing' to give an nn.Module, got []"),
     ],
 )
-def test_a_shell_is_told_what_is_wrong(shell, target, message):
-    done = shell(target)
+def test_a_shell_is_told_what_is_wrong(target, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([target])
 
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

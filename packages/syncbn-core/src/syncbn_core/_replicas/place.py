@@ -100,9 +100,9 @@ class Place:
                 return recalled
         if self.nested:
             raise RuntimeError(
-                f"expected one data-parallel wrapper around {self.name!r}, got one inside another: the layer "
-                "would synchronize over the replicas of the inner wrapper only; give all devices to the outer "
-                "one"
+                f"expected one data-parallel wrapper around {self.name!r}, got one inside another: the "
+                "layer would synchronize over the replicas of the inner wrapper only; give all devices to "
+                "the outer one"
             )
         agreed = self.meet(message, master)
         if agreed is None:  # others have come with something else, and come again

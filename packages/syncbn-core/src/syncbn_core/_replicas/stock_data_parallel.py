@@ -105,8 +105,8 @@ class _Forward:
                 if len(counts | {self._announced or min(counts)}) > 1:
                     raise RuntimeError(
                         "expected the same number of replicas of every synchronized layer, got "
-                        f"{dict(self._layers.values())}, so it is unknown which replicas belong to one forward: "
-                        + _REMEDY
+                        f"{dict(self._layers.values())}, so it is unknown which replicas belong to one "
+                        f"forward: {_REMEDY}"
                     )
                 self._group = ReplicaGroup(counts.pop())
             return self._group
