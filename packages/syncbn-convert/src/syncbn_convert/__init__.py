@@ -1,4 +1,4 @@
-"""Turn a model's batch norm layers into synchronized ones, and back, and change nothing else."""
+"""Turn a model's batch norm layers into synchronized ones and back, and change nothing else."""
 
 from syncbn_convert._convert import convert_model, revert_model
 from syncbn_convert._find_layers import SkipRule

@@ -16,7 +16,7 @@ EpsMode = Literal["plus", "clamp", "clamp_synchronized"]
 
 OPTIONS = ("process_group", "eps_mode", "fused")
 
-# Where a layer keeps its name in the model, for messages.
+# The attribute with a layer's name in the model, for messages.
 _LAYER_NAME = "layer_name"
 
 
@@ -64,7 +64,7 @@ def settle(module: nn.Module, training: bool, options: dict[str, Any], name: str
 
 
 def convert_wrapper(wrapper: nn.DataParallel[Any]) -> None:
-    """Make an nn.DataParallel a DataParallelWithCallback on the same devices, or patch that of a subclass."""
+    """Turn an nn.DataParallel into a DataParallelWithCallback on the same devices, or patch a subclass."""
     if type(wrapper) is not nn.DataParallel:
         _patch(wrapper)
         return

@@ -36,7 +36,7 @@ def convert_model(
     skip: SkipRule | Iterable[SkipRule] = (),
     inplace: bool = True,
 ) -> Module:
-    """Make the batch norm layers of a model synchronized ones, and change nothing else.
+    """Turn the batch norm layers of a model into synchronized ones, and change nothing else.
 
     Layers of exactly the classes ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``nn.SyncBatchNorm``, and timm's
     ``BatchNormAct2d`` and ``SyncBatchNormAct``, at every depth, become synchronized layers. An
@@ -59,8 +59,8 @@ def convert_model(
         inplace: False converts a copy, with the same process groups, and leaves the model as it is.
 
     Returns:
-        The converted model: ``module`` itself, unless ``inplace`` is False. If a registered factory replaces
-        the model itself, that replacement, whatever its type is.
+        The converted model: ``module`` itself, unless ``inplace`` is False or a registered factory replaces
+        the model itself.
 
     Raises:
         ValueError: a layer to convert is inside a ``DistributedDataParallel``; a pattern in ``skip`` matches

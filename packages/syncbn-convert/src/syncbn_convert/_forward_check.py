@@ -1,4 +1,4 @@
-"""Whether the forward of a class reaches the synchronized one, as far as its code tells."""
+"""Find out from its code whether the forward of a class calls the synchronized forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from syncbn_core import SynchronizedBatchNorm
 
-# What all synchronized layers derive from: the class that has their forward.
+# The base class of all synchronized layers, which has their forward.
 SYNCHRONIZED: type[nn.Module] = next(c for c in SynchronizedBatchNorm.__mro__ if "forward" in vars(c))
 
 

@@ -1,4 +1,4 @@
-"""Make the batch norm layers synchronized that other code builds."""
+"""Turn the batch norm layers that other code builds into synchronized ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Block:
             self.left.add(f"{type(layer).__module__}.{type(layer).__qualname__}")
 
 
-# A context variable, not a global: other threads and tasks build what they would build without it.
+# A context variable, not a global: other threads and tasks build unchanged layers.
 _block: ContextVar[_Block | None] = ContextVar("syncbn_convert.block", default=None)
 _lock = threading.Lock()
 _users = 0  # how many blocks, in all threads, use the patched constructors
@@ -46,7 +46,7 @@ _users = 0  # how many blocks, in all threads, use the patched constructors
 def patch_sync_batchnorm(
     *, process_group: Any = None, eps_mode: EpsMode | None = None, fused: bool = True
 ) -> Iterator[None]:
-    """Make every batch norm layer that is built inside the block a synchronized one.
+    """Turn every batch norm layer that is built inside the block into a synchronized one.
 
     This is for models that are built and used in one go, in code that you cannot change. Otherwise prefer
     ``convert_model``, which also knows the names of the layers.

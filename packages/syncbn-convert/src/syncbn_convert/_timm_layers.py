@@ -1,7 +1,7 @@
 """The batch norm layers of timm that have an activation, synchronized.
 
 They call ``torch.nn.functional.batch_norm`` themselves, so their forward has to be replaced. The classes are
-recognized by their names: timm is imported only by the pickle of a model that holds such a layer.
+recognized by their names. timm is imported only to load the pickle of a model that holds such a layer.
 """
 
 from __future__ import annotations

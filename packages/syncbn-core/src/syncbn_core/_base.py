@@ -45,8 +45,8 @@ from syncbn_core._replicas.replication import ReplicatedLayer
 class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     """What the synchronized layers have in common, with the override points of a fork.
 
-    Every attribute beyond those of ``nn.BatchNorm*d`` has a default here, so that an ``nn.BatchNorm2d``
-    becomes a ``SynchronizedBatchNorm2d`` by a change of its class alone.
+    Every attribute beyond those of ``nn.BatchNorm*d`` has a default on the class, so that an
+    ``nn.BatchNorm2d`` becomes a ``SynchronizedBatchNorm2d`` when only its class changes.
     """
 
     eps_mode: EpsMode | None = None
@@ -139,7 +139,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         return plain.normalize(x, mean, invstd, self.weight, self.bias).to(input.dtype)
 
     def _forward_one_node(self, x: Tensor) -> Tensor | None:
-        """Return the output; None if the replicas have to meet again, since others take three nodes."""
+        """Return the output; None if the replicas have to meet again, since others use three nodes."""
         place = self._own_place()
         several = place.group is not None
         share = one_node.enter(x, self.weight, self.bias, self.eps, several=several)
@@ -157,9 +157,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         return Message(statistics, samples_per_channel(x), dtype, stream, torch.is_grad_enabled())
 
     def _takes_one_node(self) -> bool:
-        """Whether nothing is recomputed or intercepted, as in a gradient checkpoint, and nothing overridden.
+        """Whether one node is enough: no checkpoint or hook intercepts this call, and nothing is overridden.
 
-        What is saved for backward is not always saved by this thread.
+        This thread is not always the one that saves tensors for backward.
         """
         return (
             not self._own_place().nested
@@ -170,7 +170,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         )
 
     def _agree(self, message: Message, synchronizes: bool) -> Tensor:
-        """Return what to normalize with, ``(2, C)``; see `_data_parallel_master`."""
+        """Return the mean and invstd to normalize with, ``(2, C)``; see `_data_parallel_master`."""
         if not synchronizes:
             return self._data_parallel_master([(0, message)])[0][1]
         return self._own_place().agree(message, self._master, recomputable=self.fused)
@@ -179,8 +179,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         """Answer the messages of all replicas; runs in the thread of replica 0.
 
         Returns:
-            For every `Message`, what was agreed on; for every `one_node.Share`, the output. None for
-            everybody if the messages are of both kinds: then all replicas come again with a `Message`.
+            For every `Message`, the mean and invstd; for every `one_node.Share`, the output. None for all
+            replicas if the messages are of both kinds: then all of them send a `Message`.
         """
         ranks, messages = zip(*intermediates)
         kinds = set(map(type, messages))
@@ -214,7 +214,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         Raises:
             TypeError: the replicas' inputs differ in dtype.
             ValueError: there is one value per channel in all replicas together, which has no variance.
-            BrokenSyncError: another process failed or did not come.
+            BrokenSyncError: another process failed or did not arrive.
         """
         ranks, messages = zip(*intermediates)
         dtypes = {message.dtype for message in messages}
@@ -269,23 +269,23 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         )
 
     def _compute_mean_std(self, mean: Tensor, m2: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Move the running statistics, and return what to normalize with.
+        """Update the running statistics, and return the mean and invstd to normalize with.
 
-        An override may assign to buffers and attributes (``self.running_mean = ...``): what it assigns is
-        carried back to the layer of the replicated model. An override that normalizes by another formula
+        An override may assign to buffers and attributes (``self.running_mean = ...``): the new values are
+        copied to the layer of the replicated model. An override that normalizes by another formula
         needs ``fused=False``, since the fused backward is that of this formula.
 
         Args:
             mean: ``(C,)``, of the whole batch.
             m2: ``(C,)``, the sum of squared deviations from the mean.
-            count: the number of samples per channel; of several processes perhaps as a tensor, ``(1,)``.
+            count: the number of samples per channel. Over several processes it may be a tensor, ``(1,)``.
 
         Returns:
             mean and invstd, ``(C,)`` each.
         """
         self._move_running_statistics(mean.detach(), m2.detach() / (count - 1))
         var = m2 / count
-        # A call in mode "clamp_synchronized" that does not synchronize does not come here.
+        # In mode "clamp_synchronized", only calls that synchronize come here.
         if clamps(self.eps_mode, synchronizes=True):
             return mean, var.clamp(min=self.eps).rsqrt()
         return mean, (var + self.eps).rsqrt()
@@ -307,17 +307,17 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             if step is None:  # the cumulative average; the counter may be on a GPU, so it is not read
                 step = 1.0 / running.num_batches_tracked.to(mean.dtype)
         for moved, new in ((running.mean, mean), (running.var, unbiased_var)):
-            # In place: what replica 0 writes here is the model's own storage.
+            # In place: the buffers of replica 0 are the model's own storage.
             moved.lerp_(_as(moved, new), _as(moved, step) if isinstance(step, Tensor) else step)
 
     def _running_statistics(self) -> RunningStatistics | None:
-        """Return the running statistics that this call has to move, if any."""
+        """Return the running statistics that this call has to update, if any."""
         mean, var = self.running_mean, self.running_var
         if not (self.training and self.track_running_stats) or mean is None or var is None:
             return None
         tracked, momentum = self.num_batches_tracked, self.momentum
         if momentum is None and tracked is None:
-            momentum = 0.0  # as torch's own layer, without a counter
+            momentum = 0.0  # as in torch's own layer without a counter
         return RunningStatistics(mean, var, tracked, momentum)
 
     def reset_parameters(self) -> None:
@@ -336,7 +336,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if not isinstance(input, Tensor):
             raise TypeError(_compiled.not_a_tensor(input, self._where()))
         self._check_input_dim(input)
-        # A layer that was pruned by hand has fewer channels than num_features says.
+        # A layer that was pruned by hand may have fewer channels than num_features.
         vectors = (self.weight, self.running_mean)
         channels = next((len(vector) for vector in vectors if vector is not None), self.num_features)
         if input.shape[1] != channels:

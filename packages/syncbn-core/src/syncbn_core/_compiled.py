@@ -1,7 +1,7 @@
 """The forward that ``torch.compile`` and ``torch.export`` trace as one graph, collectives included.
 
-The eager layer calls kernels, weak references and other threads, none of which a graph can hold. Under a
-compiler a layer takes this way instead: plain operations, which the compiler fuses with their neighbors, and
+The eager layer calls kernels, weak references and other threads, none of which a graph can hold. A
+compiler gets this forward instead: plain operations, which the compiler fuses with their neighbors, and
 over processes one collective each way::
 
     x -> statistics -> all_gather -> merge -> y              forward
@@ -17,8 +17,8 @@ in training, over processes               the operations above
 with replicas, or with overridden hooks   nothing: the graph breaks, and the layer runs as without a compiler
 ========================================  ==================================================
 
-No operation here makes the host wait for a device. The layout of what is sent is that of the eager layer, so
-a process that compiles its model and one that does not understand each other.
+No operation here makes the host wait for a device. The messages have the same layout as those of the eager
+layer, so a process that compiles its model can train together with one that does not.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
     if not layer.training and layer.running_mean is not None:
         return True
     if layer._place is not None and (layer._place.nested or layer._place.group is not None):
-        return False  # no graph holds what other threads do
+        return False  # a graph cannot express what other threads do
     if layer._overrides_reduction or any(hook in layer.__dict__ for hook in HOOKS):
         return False
-    return not places_are_checked()  # by collectives besides
+    return not places_are_checked()  # that check needs further collectives
 
 
 HOOKS = ("_data_parallel_master", "_compute_mean_std")
-"""What a fork may override and the traced forward does not call."""
+"""The methods that a fork may override and that the traced forward does not call."""
 
 
 # A compiler calls these once. torch.compiler.assume_constant_result sets the same, but loads the compiler.
@@ -64,7 +64,7 @@ for _function in (places_are_checked, note_compiled):
 
 
 def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
-    """What the layer makes of ``x``, ``(N, C, *)``, by operations that a compiler can trace."""
+    """Return the layer's output for ``x``, ``(N, C, *)``, by operations that a compiler can trace."""
     of_batch = layer.training or layer.running_mean is None
     group = group_of(layer.process_group, layer._where()) if layer.training else None
     if group is not None:
@@ -91,7 +91,7 @@ def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def not_a_tensor(x: object, where: str) -> str:
-    """What to say where a layer is called on something else than a tensor, as ``torch.fx`` does."""
+    """Return the message for a call on something that is not a tensor, as by ``torch.fx``."""
     if isinstance(x, torch.fx.Proxy):
         return (
             f"expected a tensor at {where!r}, got a Proxy of torch.fx.symbolic_trace, which does not trace "
@@ -102,7 +102,7 @@ def not_a_tensor(x: object, where: str) -> str:
 
 
 def _alone(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
-    """By the statistics of this batch, where torch's own operation does something else."""
+    """Normalize by the statistics of this batch, where torch's own operation does something else."""
     count = count_of(x)
     check_total(count, layer._where())
     mean, m2 = local_statistics(x)
@@ -114,7 +114,7 @@ def _alone(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
 
 
 def _alone_cumulative(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
-    """With ``momentum=None``: torch's own layer would read its counter on the host, which breaks a graph."""
+    """Do so with ``momentum=None``, where torch's own layer reads its counter and so breaks the graph."""
     dtype = compute_dtype(x.dtype)
     mean, unbiased_var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
     y = F.batch_norm(x, mean, unbiased_var, layer.weight, layer.bias, True, 1.0, layer.eps)

@@ -23,7 +23,7 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
     Inside a replicated model (``syncbn_parallel.DataParallelWithCallback``, or an ``nn.DataParallel``), and
     over processes, a layer in training normalizes by the mean and the variance of all replicas' batches
     together, weighted by their true sizes. Its gradients are those of the whole batch. In evaluation, or
-    alone, it is ``torch.nn.functional.batch_norm``::
+    without other replicas, it is ``torch.nn.functional.batch_norm``::
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
@@ -48,8 +48,8 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
         bias: False for a weight without a bias.
 
     Attributes:
-        layer_name: the layer's name in the model, for error messages; None for its class. ``convert_model``
-            sets it, and inside replicas the wrapper tells the name.
+        layer_name: the layer's name in the model, for error messages; None to use its class name.
+            ``convert_model`` sets it; in replicas the wrapper gives the name.
 
     Shape:
         - Input: ``(N, C, H, W)``; N may be 0 and may differ among the replicas.
@@ -59,8 +59,8 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
         ValueError: an input of another shape; or a single value per channel in all replicas together.
         TypeError: an input of integers; or inputs of different dtypes in the replicas.
         RuntimeError: an input of another dtype than the parameters; or a backward inside a replica's forward.
-        syncbn_comm.BrokenSyncError: another replica or process failed, left, or did not come before the
-            timeout.
+        syncbn_comm.BrokenSyncError: another replica or process failed, finished early, or did not arrive
+            before the timeout.
 
     Example:
         >>> import torch
@@ -89,5 +89,5 @@ class SynchronizedBatchNorm3d(_SynchronizedBatchNorm, nn.BatchNorm3d):
 class SynchronizedBatchNorm(_SynchronizedBatchNorm):
     """Batch norm over ``(N, C)`` to ``(N, C, D, H, W)`` by the statistics of the batches of all replicas.
 
-    The dimension-agnostic sibling, as ``nn.SyncBatchNorm`` is. See :class:`SynchronizedBatchNorm2d`.
+    Accepts any number of dimensions, as ``nn.SyncBatchNorm`` does. See :class:`SynchronizedBatchNorm2d`.
     """

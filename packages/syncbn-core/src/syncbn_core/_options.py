@@ -1,4 +1,4 @@
-"""Where eps goes: it is added to the variance, or it is the floor of the variance."""
+"""The eps mode: eps is added to the variance, or is the floor of the variance."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def set_sbn_eps_mode(mode: EpsMode) -> None:
     Args:
         mode: ``"plus"`` for ``sqrt(var + eps)``, as torch does and the default. ``"clamp"`` for
             ``sqrt(max(var, eps))``. ``"clamp_synchronized"`` for ``"clamp"`` where a layer synchronizes, and
-            ``"plus"`` in evaluation and alone: that is what vendored ``sync_batchnorm`` folders compute.
+            ``"plus"`` elsewhere, as in vendored ``sync_batchnorm`` folders.
 
     Raises:
-        ValueError: if ``mode`` is none of these.
+        ValueError: ``mode`` is none of these.
 
     Example:
         >>> set_sbn_eps_mode("clamp")
@@ -46,7 +46,7 @@ def clamps(mode: EpsMode | None, synchronizes: bool) -> bool:
         synchronizes: whether this call synchronizes over replicas or processes.
 
     Raises:
-        ValueError: ``mode`` is no eps mode.
+        ValueError: ``mode`` is not an eps mode.
     """
     resolved = _default if mode is None else check_eps_mode(mode)
     return resolved == "clamp" or (resolved == "clamp_synchronized" and synchronizes)

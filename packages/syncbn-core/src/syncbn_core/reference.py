@@ -1,4 +1,4 @@
-"""Batch normalization spelled out: what the layers of this package compute, on one device and one page."""
+"""Batch normalization in plain operations: what the layers of this package compute, on one device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data parallelism whose replicas know of each other: on CPUs, on GPUs, several on one device."""
+"""Data parallelism whose replicas can synchronize: on CPUs, on GPUs, several on one device."""
 
 from syncbn_parallel._callbacks import CallbackContext, execute_replication_callbacks
 from syncbn_parallel._data_parallel import DataParallelWithCallback

@@ -1,4 +1,4 @@
-"""Replication callbacks: they tell the copies of every sub-module which copy of what they are."""
+"""Replication callbacks: they tell each copy of a sub-module which copy it is."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _HOOK = "__data_parallel_replicate__"
 class CallbackContext:
     """What the copies of one sub-module share during one forward.
 
-    A callback may set any further attribute on it, for the other copies to find. A
-    :class:`syncbn_comm.SyncMaster` that is set on it breaks when a replica fails or finishes, so nobody waits
-    at it for a replica that will not come; after the forward it is as new.
+    A callback may set further attributes on it, which the other copies can read. A
+    :class:`syncbn_comm.SyncMaster` that is set on it breaks when a replica fails or finishes, so that no
+    replica waits at it for one that will not arrive; after the forward it is reset.
 
     Args:
         name: the sub-module's qualified name in the model, such as ``'layer3.1.bn2'``; ``''`` for the model
-            itself. A module with several names goes by the first, as in ``named_modules()``.
-        devices: the ``torch.device`` of each replica, by rank. Left out, the context has neither ``devices``
-            nor ``num_replicas``.
-        group: the :class:`syncbn_comm.ReplicaGroup` whose members, by rank, are the replicas. Left out, the
-            context has no ``group``.
+            itself. A module with several names has the first of them, as in ``named_modules()``.
+        devices: the ``torch.device`` of each replica, by rank. Without it, the context has neither
+            ``devices`` nor ``num_replicas``.
+        group: the :class:`syncbn_comm.ReplicaGroup` whose members, by rank, are the replicas. Without it,
+            the context has no ``group``.
 
     Attributes:
         name: as above.
@@ -74,7 +74,7 @@ class ReplicationCallback(Protocol):
     """A module that wants to know when it has been replicated."""
 
     def __data_parallel_replicate__(self, ctx: CallbackContext, copy_id: int) -> object:
-        """Learn that this is copy ``copy_id``, 0 being the master, of the sub-module that ``ctx`` names."""
+        """Get told that this is copy ``copy_id`` (0 is the master) of the sub-module that ``ctx`` names."""
 
 
 def execute_replication_callbacks(
@@ -86,17 +86,17 @@ def execute_replication_callbacks(
     """Call ``__data_parallel_replicate__(ctx, copy_id)`` on every sub-module of every replica that has it.
 
     The copies of one sub-module get one :class:`CallbackContext`. The sub-modules of replica 0 are called
-    first, so what they set on the context is there when the copies are called. The callback may be a method
-    of the class, or a function that is set on the object.
+    first, so the other copies can read what they set on the context. The callback may be a method of the
+    class, or a function that is set on the object.
 
     Args:
         modules: the replicas of one module, master first.
-        group: where the replicas meet in the next forward; None makes a group.
-        devices: where the replicas live; None means the device of the first parameter or buffer of each.
+        group: the group in which the replicas synchronize in the next forward; None makes one.
+        devices: the devices of the replicas; None means the device of the first parameter or buffer of each.
 
     Raises:
-        ValueError: the replicas differ in their number of sub-modules, or there is not one member of
-            ``group`` and one of ``devices`` for each of them.
+        ValueError: the replicas differ in their number of sub-modules; or ``group`` or ``devices`` has
+            another size than ``modules``.
 
     Example:
         >>> from torch import nn

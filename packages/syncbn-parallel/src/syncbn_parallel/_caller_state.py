@@ -1,4 +1,4 @@
-"""What a replica's thread takes over from the thread that calls the model."""
+"""The settings that a replica's thread takes over from the thread that calls the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from syncbn_parallel._devices import accelerator_kind, device_module
 
-# torch keeps all of these per thread, and has no public way to read or set them for another one.
+# torch keeps all of these per thread, and has no public way to read or set them for another thread.
 _functions: Any = torch._C
 _autograd: Any = torch._C._autograd
 
@@ -23,13 +23,13 @@ class CallerState:
     ``TorchDispatchMode``, ``with torch.device(...)``), and from torch 2.8 on the hooks on saved tensors,
     unless they are those of a gradient checkpoint.
 
-    One setting differs. torch keeps a single cache of autocast's casts, by parameter, for the whole process.
-    Replicas on one device share their parameters, so chance would decide which of them finds the cast of
-    another one there, and with it whether their gradients add up in the precision of the cast or of the
-    parameter. So their cache is off.
+    One setting differs. torch keeps one cache of autocast's casts, by parameter, for the whole process.
+    Replicas on one device share their parameters, so it would depend on chance which of them finds the cast
+    of another one in the cache, and whether their gradients add up in the precision of the cast or of the
+    parameter. So the cache is off for them.
 
     Args:
-        devices: where the replicas run, one entry per replica.
+        devices: the device of each replica.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -110,7 +110,7 @@ class _Streams:
 
 
 class _StreamFunctions:
-    """How to get and set the current device and the current streams; None where a kind of device has none."""
+    """The functions that get and set the current device and streams; None if a kind of device has none."""
 
     def __init__(self, kind: str) -> None:
         accelerator = getattr(torch, "accelerator", None)  # from torch 2.6 on
@@ -154,6 +154,6 @@ def _top_saved_tensor_hooks() -> Any:
         hooks = _autograd._top_saved_tensors_default_hooks(True)
     except (AttributeError, TypeError):
         return None
-    # A checkpoint around the whole model could not run it again (see refuse_backward). What its replicas save
-    # stays with them, so it need not.
+    # A checkpoint around the whole model cannot run the model again (see refuse_backward). Without its hooks,
+    # the replicas keep what they save, so it does not have to.
     return None if hooks is None or getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint" else hooks

@@ -25,8 +25,8 @@ def outside_of_the_compiler(function: _F) -> _F:
 
     @functools.wraps(function)
     def inner(*args: Any, **kwargs: Any) -> Any:
-        # Nothing is compiled in a process that has not loaded the compiler. The compiler itself traces this
-        # function; it answers the first question at once, and never gets to the second.
+        # Nothing is compiled in a process that has not loaded the compiler. If the compiler itself traces
+        # this function, the first condition is decided at once, and the second is not evaluated.
         if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
             return uncompiled(*args, **kwargs)
         return function(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 def is_array(value: Any) -> bool:
     """Return whether ``value`` is a NumPy array that has a dimension."""
-    numpy = sys.modules.get("numpy")  # where nobody has imported it, there are no arrays
+    numpy = sys.modules.get("numpy")  # if it has not been imported, there are no arrays
     return numpy is not None and isinstance(value, numpy.ndarray) and value.ndim > 0
 
 
@@ -25,7 +25,7 @@ def has_rows(value: Any) -> bool:
 
 
 def parts_of(value: Any, path: str) -> list[tuple[str, Any]] | None:
-    """Return what a container holds, each with its path; None where ``value`` is no container.
+    """Return what a container holds, each with its path; None if ``value`` is not a container.
 
     Raises:
         TypeError: it is a ``PackedSequence``.
@@ -46,7 +46,7 @@ def parts_of(value: Any, path: str) -> list[tuple[str, Any]] | None:
 
 
 def keys_of(container: Any) -> Any:
-    """Return what two containers of one type have to have in common to be joined part by part."""
+    """Return what has to be equal in two containers of one type to join them part by part."""
     if isinstance(container, Mapping):
         return set(container)
     return set(_attributes(container)) if is_dataclass_instance(container) else len(container)
@@ -74,12 +74,12 @@ def rebuilt(like: Any, parts: Sequence[Any], path: str) -> Any:
 
 
 def is_dataclass_instance(value: Any) -> bool:
-    """Return whether ``value`` is an instance of a dataclass, and no module."""
+    """Return whether ``value`` is an instance of a dataclass and not a module."""
     return dataclasses.is_dataclass(value) and not isinstance(value, (type, nn.Module))
 
 
 def _attributes(value: Any) -> list[str]:
-    """Return the fields of a dataclass that are set, and the attributes that it has besides."""
+    """Return the fields of a dataclass that are set, and its other attributes."""
     names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
     return list(dict.fromkeys([*names, *getattr(value, "__dict__", {})]))
 
@@ -100,7 +100,7 @@ def _mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _dataclass(like: Any, parts: Sequence[Any]) -> Any:
-    # Not by its constructor, which may want other arguments, or compute the fields again.
+    # Not by its constructor, which may need other arguments, or compute the fields again.
     made = copy.copy(like)
     for name, part in zip(_attributes(like), parts):
         object.__setattr__(made, name, part)

@@ -1,4 +1,4 @@
-"""``nn.DataParallel`` on any devices, whose replicas know of each other and fail together."""
+"""An ``nn.DataParallel`` for any devices, whose replicas can synchronize and fail together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 class DataParallelWithCallback(nn.DataParallel[_M]):
-    """An ``nn.DataParallel`` on any devices, whose replicas can synchronize.
+    """An ``nn.DataParallel`` for any devices, whose replicas can synchronize.
 
     Each forward splits the batch over the devices, replicates the module, calls the replication callbacks
     (:func:`execute_replication_callbacks`), runs all replicas at once and joins their outputs. If the batch
@@ -40,33 +40,33 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
 
     **Guarantees**
 
-    - If replicas raise, the forward raises the first of their exceptions, the very object, with a note that
+    - If replicas raise, the forward raises the first of their exceptions, the same object, with a note that
       names the replica, its device and the layer. Replicas that wait for the failed one stop at once, and no
       replica runs on after the forward. The next forward works.
     - The gradients are the same, bit for bit, in every run of the same program, in whatever order the threads
       run.
     - Replicas work under the caller's grad mode, inference mode, autocast state, streams, context variables,
       torch function and dispatch modes and (from torch 2.8 on) hooks on saved tensors, each on its share of
-      the caller's intra-op threads. They run on threads that are kept; for a given share, there are never
-      more of these than replicas have run at once.
-    - What cannot be right is an error: a forward inside a backward pass or inside a function transform
-      (``torch.func``), and a parameter that the forward changes in place while several replicas share it.
-    - Any number of threads may run models at once, or one model, as far as the module itself allows it.
+      the caller's intra-op threads. They run on threads that are kept. For a given share, there
+      are never more threads than replicas have run at once.
+    - Cases that would give wrong results are errors: a forward inside a backward pass or inside a function
+      transform (``torch.func``), and a parameter that the forward changes in place while replicas share it.
+    - Any number of threads may run models at once, and even the same model, if the module itself allows it.
 
     Args:
         module: the module to replicate. Its parameters and buffers have to be on ``device_ids[0]``.
-        device_ids: where the replicas go: ``["cpu"] * 4`` is four on the CPU, ``[0, 1]`` two GPUs,
+        device_ids: the device of each replica: ``["cpu"] * 4`` is four on the CPU, ``[0, 1]`` two GPUs,
             ``[0, 0]`` two on one GPU. A number is a device of the machine's accelerator (CUDA, XPU, or one
-            that a backend adds to torch). None means all of these; on a machine without, the module runs
-            alone, with a warning.
-        output_device: where the joined output goes; None is ``device_ids[0]``, -1 the CPU.
+            that a backend adds to torch). None means all of these; on a machine without an accelerator,
+            the module runs without replicas, with a warning.
+        output_device: the device of the joined output; None is ``device_ids[0]``, -1 the CPU.
         dim: the batch dimension.
-        timeout: seconds that a replica waits for the others at one place; None waits for ever. Left out, the
-            environment variable ``SYNCBN_TIMEOUT``, else 300.
+        timeout: seconds that a replica waits for the others at one place; None waits forever. The default is
+            the environment variable ``SYNCBN_TIMEOUT`` (seconds, or ``none``), or 300 if it is not set.
 
     Raises:
         ValueError: ``device_ids`` is empty, mixes kinds of devices, or names one that is not there;
-            ``timeout`` is no positive number.
+            ``timeout`` is not a positive number of seconds.
 
     Example:
         >>> import torch
@@ -127,7 +127,7 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         Raises:
             RuntimeError: the module is not on ``device_ids[0]``; a backward pass or a function transform runs
                 this forward; or the forward has changed a parameter in place that replicas share.
-            ValueError: the arguments cannot be split, or the outputs not be joined.
+            ValueError: the arguments cannot be split, or the outputs cannot be joined.
             Exception: the first that a replica raised.
         """
         if not self.device_ids:
@@ -183,8 +183,9 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         if failure is None:
             changes.refuse()
             return [job.result for job in jobs]
-        # Its traceback holds the frames of the replicas. What leads back to it from there has to go, or the
-        # memory of a failed forward, as after an out-of-memory error, waits for the garbage collector.
+        # Its traceback holds the frames of the replicas. These must not refer back to the error. Otherwise
+        # the memory of a failed forward, as after an out-of-memory error, stays until the garbage collector
+        # runs.
         group.forget_failure()
         try:
             raise failure

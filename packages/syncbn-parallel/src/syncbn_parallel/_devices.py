@@ -1,4 +1,4 @@
-"""Devices by whatever name, which of them exist, and tensors on their way between them."""
+"""Devices by number or name, which of them exist, and moving tensors between them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def checked_devices(device_ids: Sequence[int | str | torch.device]) -> list[torc
     """Return ``device_ids`` as devices that exist and are of one kind.
 
     Raises:
-        ValueError: they do not, or are not.
+        ValueError: a device does not exist, or they are of several kinds.
     """
     expected = "expected device_ids to be a list of devices of one kind, such as ['cpu', 'cpu'] or [0, 1]"
     if isinstance(device_ids, str) or not isinstance(device_ids, Sequence) or not device_ids:
@@ -86,6 +86,6 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return ``tensor`` on ``device``, differentiably; the tensor itself where it is there."""
+    """Return ``tensor`` on ``device``, differentiably; the tensor itself if it is on that device."""
     # Without a wait, a copy on the CPU could be read before it is complete.
     return tensor.to(device, non_blocking=device.type != "cpu")

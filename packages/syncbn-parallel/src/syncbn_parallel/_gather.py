@@ -20,15 +20,15 @@ def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
 
     Tensors and NumPy arrays are concatenated along ``dim``; scalars (0-dimensional tensors) become a vector
     with one entry per replica. This reaches into tuples, lists, deques, named tuples, mappings and
-    dataclasses. Everything else has to be the same in all replicas, and stays what it is.
+    dataclasses. Everything else has to be the same in all replicas, and is returned as it is.
 
     Args:
         outputs: what each replica returned, in rank order.
-        device: where the tensors of the result live.
+        device: the device of the tensors in the result.
         dim: the batch dimension.
 
     Raises:
-        ValueError: the outputs differ in structure, or in something that is no tensor. The message says
+        ValueError: the outputs differ in structure, or in something that is not a tensor. The message says
             where, and what to return instead.
         TypeError: an output is a ``PackedSequence``, or a container that cannot be rebuilt.
     """
@@ -76,5 +76,5 @@ def _check_alike(values: Sequence[Any], what: str, path: str) -> None:
 def _same(left: Any, right: Any) -> bool:
     try:
         return left is right or bool(left == right)
-    except Exception:  # of an object that cannot be compared as a whole, it is not known
+    except Exception:  # an object that cannot be compared counts as different
         return False

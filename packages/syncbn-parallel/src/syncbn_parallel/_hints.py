@@ -1,4 +1,4 @@
-"""Warnings of what runs, but most likely not as its user expects."""
+"""Warnings about models that run, but probably not as the user expects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def warn_the_caller(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-_hinted: WeakSet[nn.Module] = WeakSet()  # the models whose layers have been mentioned
+_hinted: WeakSet[nn.Module] = WeakSet()  # the models that a warning has mentioned
 
 
 def warn_of_no_devices() -> None:
@@ -35,7 +35,7 @@ def warn_of_no_devices() -> None:
 def warn_of_local_batch_norms(model: nn.Module, module: nn.Module) -> None:
     """Say, once for each model, that its batch norms normalize each replica by itself.
 
-    Not where one of the layers synchronizes: then somebody has chosen which of them do.
+    There is no warning if one of the layers synchronizes: then somebody has chosen which of them do.
     """
     if model in _hinted:
         return

@@ -1,4 +1,4 @@
-"""What a forward changes in place although replicas share it: parameters, plain tensors, the model's input.
+"""In-place changes of what replicas share: parameters, plain tensors, and the model's input.
 
 In the single model such a change happens once. Replicas on one device share their parameters and the tensors
 in plain attributes, so there it would happen once per replica; that is an error. Changes of the input are
@@ -27,14 +27,14 @@ _forwards: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
 class SharedTensorChanges:
     """Watches the parameters and plain tensors that several replicas share, from before they run until after.
 
-    torch counts the changes of a tensor, and the count costs nothing to look at. It leaves out changes
+    torch counts the changes of a tensor, and reading the count costs nothing. The count leaves out changes
     through ``.data``. So on the CPU the contents are compared as well, in the 1st, 2nd, 4th, 8th, ... forward
     of a model, which costs next to nothing in the long run.
 
     Args:
-        model: what runs the replicas.
+        model: the data-parallel model.
         replicas: the replicas.
-        devices: where they live.
+        devices: their devices.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class InputChanges:
     """Carries changes in place of the replicas' inputs over to the tensors that they are chunks of.
 
     A module may begin with an operation in place, such as ``nn.ReLU(inplace=True)``. In the single model this
-    changes the caller's tensor. Here a chunk on the tensor's device shares its memory; but autograd does not
-    know, as a chunk is no view, and a chunk on another device is a copy.
+    changes the caller's tensor. Here a chunk on the tensor's device shares its memory, but autograd does not
+    know this, since the chunk is not a view. A chunk on another device is a copy.
 
     Args:
         arguments: those of the model.
@@ -118,7 +118,7 @@ class InputChanges:
         columns = [list(_tensors(call)) for call in calls]
         tensors = list(_tensors(arguments))
         if {len(tensors)} != set(map(len, columns)):
-            return  # an override of `scatter` has done something else
+            return  # an override of `scatter` split them in another way
         for tensor, *chunks in zip(tensors, *columns):
             shared = [_shares_memory(chunk, tensor) for chunk in chunks]
             if any(shared) and not any(chunk.is_inference() for chunk in chunks):
@@ -137,7 +137,7 @@ class InputChanges:
             has_history = torch.is_grad_enabled() and any(chunk.requires_grad for chunk in chunks)
             if all_shared and not has_history:
                 torch.autograd.graph.increment_version(tensor)
-            else:  # with the numbers in place already, this is for the history
+            else:  # the numbers are in place already; this records the change in the graph
                 tensor.copy_(torch.cat([moved(chunk, tensor.device) for chunk in chunks], dim))
 
 

@@ -1,4 +1,4 @@
-"""The replicas of one forward as a group: whoever waits for a replica learns that it failed or finished."""
+"""The replicas of one forward as a group: if one fails or finishes, those that wait for it get an error."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 from syncbn_comm import ReplicaGroup, ReplicaLeftError, SyncMaster
 from syncbn_parallel._module_tree import named_submodules
 
-_CALL = "_replica_call"  # where a replica keeps the call that makes it a member
+_CALL = "_replica_call"  # the attribute with the call that makes a replica a member
 
 
 class ReplicaForward:
-    """One forward of some replicas, which ends for all of them at once where it fails for one.
+    """One forward of some replicas: if it fails for one of them, it ends for all of them at once.
 
     Args:
         group: its members are the replicas.
@@ -32,7 +32,7 @@ class ReplicaForward:
         self._left = 0
 
     def abort(self, error: BaseException) -> None:
-        """Have everybody who waits, or will wait, raise from ``error``."""
+        """Make all who wait, or will wait, raise from ``error``."""
         self.group.abort(error)
         self.abort_masters(error)
 
@@ -43,7 +43,7 @@ class ReplicaForward:
                 master.abort(error)
 
     def leave(self, rank: int) -> None:
-        """Tell the masters that this replica will not come any more."""
+        """Tell the masters that this replica will not arrive any more."""
         last = self.group.world_size - 1
         with self._lock:
             self._left += 1
@@ -58,7 +58,7 @@ class ReplicaForward:
             self.end()
 
     def end(self) -> None:
-        """Leave the masters as new, once no replica runs any more."""
+        """Reset the masters once no replica runs any more."""
         with self._lock:
             masters, self._masters = self._masters, []
             for _, master in masters:
@@ -67,7 +67,7 @@ class ReplicaForward:
 
 
 class _MemberCall:
-    """A replica's call, inside of which the replica is a member of its group."""
+    """A replica's call, inside which the replica is a member of its group."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class _MemberCall:
         rank: int,
         device: torch.device,
     ) -> None:
-        # Weakly, as in a cycle with itself the replica would outlive its forward.
+        # Weakly: in a cycle with itself, the replica would outlive its forward.
         self._replica = weakref.ref(replica)
         self._call = call
         self.forward = forward
@@ -117,10 +117,10 @@ def join_group(
     group: ReplicaGroup,
     masters: Iterable[tuple[str, SyncMaster]] = (),
 ) -> None:
-    """Make the call of each replica its membership in ``group``, whoever makes that call.
+    """Make each replica a member of ``group`` while it is called, whatever code calls it.
 
-    Whoever waits for a replica learns at once when it has returned, or raised. What it raised gets a note
-    that names the replica and the layer.
+    Replicas that wait for another one get an error as soon as it has returned or raised. An exception gets a
+    note that names the replica and the layer.
     """
     forward = ReplicaForward(group, masters)
     for rank, (replica, device) in enumerate(zip(replicas, devices)):
@@ -130,30 +130,30 @@ def join_group(
             # hooks.
             call = _MemberCall(replica, kind._call_impl, forward, rank, device)
             replica.__dict__["_call_impl"] = call
-        else:  # which is looked up on the class
+        else:  # a `__call__` is looked up on the class
             call = _MemberCall(replica, kind.__call__, forward, rank, device)
             replica.__class__ = _member_class(kind)
         replica.__dict__[_CALL] = call
 
 
 def forward_of(replicas: Sequence[nn.Module]) -> ReplicaForward:
-    """Return the forward that the replicas belong to; a new one where an override has made them join none."""
+    """Return the forward that the replicas belong to; a new one if an override did not make them join one."""
     call = replicas[0].__dict__.get(_CALL)
     return call.forward if isinstance(call, _MemberCall) else ReplicaForward(ReplicaGroup(len(replicas)))
 
 
 def first_failure(errors: Sequence[BaseException | None], group: ReplicaGroup) -> BaseException | None:
-    """Return the replicas' exception that the user has to see: the cause, not what followed from it."""
+    """Return the exception that the user has to see: the cause, not the errors that followed from it."""
     raised = [error for error in errors if error is not None]
     return next((error for error in raised if error is group.failure), raised[0] if raised else None)
 
 
-# Weak on both sides, as a subclass keeps its base class.
+# Weak on both sides, since a subclass keeps its base class alive.
 _member_classes: WeakKeyDictionary[type, weakref.ref[type]] = WeakKeyDictionary()
 
 
 def _member_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of ``kind``, which has a ``__call__`` of its own, whose call is that of a member."""
+    """Return a subclass of ``kind`` (which overrides ``__call__``) whose calls are those of a member."""
     known = _member_classes.get(kind)
     made = None if known is None else known()
     if made is None:
@@ -169,10 +169,10 @@ def _member_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _layer_of(error: BaseException, replica: nn.Module) -> str:
-    """Return ``", in layer 'layer1.0.bn1' (BatchNorm2d)"`` for the innermost layer that was at work."""
+    """Return ``", in layer 'layer1.0.bn1' (BatchNorm2d)"`` for the innermost layer that was running."""
     names = {id(module): name for name, module in named_submodules(replica)}
     found = ""
-    # Not in the frame that handles the error: before Python 3.13, a look at its locals would keep them, and
+    # Not in the frame that handles the error: before Python 3.13, reading its locals keeps them alive, and
     # the error holds that frame.
     trace = error.__traceback__ and error.__traceback__.tb_next
     while trace is not None:

@@ -2,10 +2,10 @@
 
 Copying the registered tree is not enough. A bound method in an attribute, a list or dict of modules, a
 ``functools.partial`` or a function whose closure holds a module would still run the original module in every
-replica. Here such values are found, and built anew for each replica.
+replica. This module finds such values and rebuilds them for each replica.
 
-The values are looked at in every forward, because a program may change them between two forwards. What
-cannot be followed: global variables, and the attributes of objects that are no modules.
+It searches in every forward, because a program may change the values between two forwards. It does not follow
+global variables, nor the attributes of objects that are not modules.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LEAVES = frozenset(
     | {torch.dtype, torch.device, torch.Size, torch.memory_format, types.BuiltinFunctionType}
 )
 
-# Of the attributes that nn.Module itself keeps, only the hooks can lead to a module by a way of their own.
+# Of the attributes of nn.Module itself, only the hooks can lead to further modules.
 _HOOKS = tuple(sorted(key for key in STANDARD_ATTRIBUTES if "hooks" in key and "dict" not in key))
 _FORWARD_HOOKS = tuple(key for key in _HOOKS if "forward" in key)
 
@@ -39,8 +39,8 @@ _STOCK_COPY = nn.Module._replicate_for_data_parallel
 def copy_of(module: nn.Module) -> nn.Module:
     """Return ``module._replicate_for_data_parallel()``, with forward hooks of its own.
 
-    What nn.Module does there is repeated here: the attributes that it sets one by one are replaced anyway,
-    and setting them takes most of the time of a replication.
+    This does the same as nn.Module's own method, except that it does not set the attributes that are replaced
+    anyway. Setting them takes most of the time of a replication.
     """
     kind = type(module)
     if kind._replicate_for_data_parallel is _STOCK_COPY:
@@ -64,7 +64,7 @@ class References:
 
     def __init__(self, targets: Container[int]) -> None:
         self._targets = targets
-        # By id; with the value, whose id would otherwise be free for another one.
+        # By id, with the value: otherwise another object could get the same id.
         self._known: dict[int, tuple[Any, bool]] = {}
 
     def attributes_of(self, module: nn.Module) -> list[str]:
@@ -107,7 +107,7 @@ def _parts_of(value: Any) -> Iterable[Any]:
     if kind is dict:
         parts = (*value.keys(), *value.values())
     elif kind is list:
-        parts = tuple(value)  # another thread may change a set or a deque meanwhile
+        parts = tuple(value)  # another thread may change a set or a deque at the same time
     elif kind is types.FunctionType:
         cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
         keywords = (value.__kwdefaults__ or {}).values()
@@ -143,7 +143,7 @@ _kinds: dict[type, type] = {
 
 
 def _kind_of(kind: type) -> type | None:
-    """Return how values of this type are looked into: as which of the types above, or as a module."""
+    """Return how to search values of this type: as which of the types above, or as a module."""
     known = _kinds.get(kind)
     if known is not None:
         return known
@@ -167,14 +167,14 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 class ReplicaReferences:
-    """Builds values anew that lead to modules, so that they lead to the modules of one replica.
+    """Rebuilds values that lead to modules, so that they lead to the modules of one replica.
 
-    What is shared stays shared: a list under two names is one list in the replica as well. Whatever leads to
-    no module is not copied, so a counter in a closure counts for all replicas.
+    Shared values stay shared: a list under two names is one list in the replica as well. Values that lead to
+    no module are not copied, so a counter in a closure counts for all replicas.
 
     Args:
-        references: what leads to the modules.
-        stand_ins: what takes the place of each of these modules and tensors, by the id of the original.
+        references: tells which values lead to the modules.
+        stand_ins: the replacement of each of these modules and tensors, by the id of the original.
     """
 
     def __init__(self, references: References, stand_ins: Mapping[int, Any]) -> None:
@@ -183,7 +183,7 @@ class ReplicaReferences:
         self._made: dict[int, Any] = {}
 
     def of(self, value: Any) -> Any:
-        """Return ``value`` as the replica has to see it; the very object where it leads to no module."""
+        """Return the value for the replica; the same object if it leads to no module."""
         if type(value) in _LEAVES:
             return value
         stand_in = self._stand_ins.get(id(value))
@@ -239,7 +239,7 @@ class ReplicaReferences:
 
     def _function(self, value: Any) -> Any:
         uncompiled = getattr(value, "_torchdynamo_orig_callable", None)
-        if uncompiled is not None:  # compiled code belongs to the module that it was compiled for
+        if uncompiled is not None:  # compiled code belongs to the module for which it was compiled
             made = self._made[id(value)] = self.of(uncompiled)
             return made
         unfilled: list[tuple[types.CellType, Any]] = []
@@ -256,7 +256,7 @@ class ReplicaReferences:
         return made
 
     def _cell(self, cell: types.CellType, unfilled: list[tuple[types.CellType, Any]]) -> types.CellType:
-        """Return the cell itself where its contents stay, so that ``nonlocal`` variables stay shared."""
+        """Return the cell itself if its contents stay, so that ``nonlocal`` variables stay shared."""
         if _is_empty(cell) or not self._references.lead_from(cell.cell_contents):
             return cell
         made: types.CellType | None = self._made.get(id(cell))
@@ -275,24 +275,24 @@ class ReplicaReferences:
 def turn_attributes(
     module: nn.Module, made: nn.Module, attributes: Sequence[str], to_replica: Callable[[Any], Any]
 ) -> None:
-    """Make the attributes of a copy, as far as they still are those of its original, lead to the replica.
+    """Make the attributes of a copy lead to the replica, if they are still those of its original.
 
     Args:
         module: the original.
         made: its copy.
         attributes: the attributes of the original that lead to a module or tensor of the model.
-        to_replica: returns a value as the replica has to see it.
+        to_replica: returns the value for the replica.
     """
     state = made.__dict__
     for key in attributes:
         value = state.get(key)
-        # What is not the original's, but was put there by `_replicate_for_data_parallel`, stays as it is.
+        # Values that `_replicate_for_data_parallel` has set stay as they are.
         if value is not None and (key in _FORWARD_HOOKS or value is module.__dict__[key]):
             state[key] = to_replica(value)
 
 
 def turn_attributes_of_replicas(module: nn.Module, replicas: Sequence[nn.Module]) -> None:
-    """Do the same for replicas that something else has made, such as ``torch.nn.parallel.replicate``."""
+    """Do the same for replicas from elsewhere, such as ``torch.nn.parallel.replicate``."""
     modules = [submodule for _, submodule in named_submodules(module)]
     references = References({id(submodule) for submodule in modules})
     attributes = list(map(references.attributes_of, modules))

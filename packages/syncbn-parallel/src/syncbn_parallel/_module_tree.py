@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-# What nn.Module itself keeps in a module.
+# The attributes of nn.Module itself.
 STANDARD_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 

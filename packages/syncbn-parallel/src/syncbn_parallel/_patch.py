@@ -1,4 +1,4 @@
-"""Replication callbacks for any ``nn.DataParallel``, whatever its methods do."""
+"""Replication callbacks for any ``nn.DataParallel``, with its own methods or overridden ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _D = TypeVar("_D", bound="nn.DataParallel[Any]")
 
 
 def patch_replication_callback(data_parallel: _D) -> _D:
-    """Make the replicas of an ``nn.DataParallel`` know of each other.
+    """Let the replicas of an ``nn.DataParallel`` synchronize, and fail together.
 
-    From then on the replication callbacks follow its ``replicate``, overridden or not, and a replica that
-    fails reaches the others, whatever its ``parallel_apply`` does. Only this object changes, with the copies
-    and pickles that are made of it. Patching it twice changes nothing more, and a
+    After this, its ``replicate``, overridden or not, is followed by the replication callbacks. If a replica
+    fails, the others get an error at once, whatever ``parallel_apply`` does. Only this object changes, with
+    the copies and pickles that are made of it. A second call changes nothing. A
     :class:`DataParallelWithCallback` needs no patch.
 
     Args:
@@ -49,7 +49,7 @@ def patch_replication_callback(data_parallel: _D) -> _D:
 
 
 class _WithCallbacks:
-    """A ``replicate`` that is followed by the callbacks: an object, as a closure could not be pickled."""
+    """A ``replicate`` that is followed by the callbacks: an object, since a closure cannot be pickled."""
 
     def __init__(self, replicate: Callable[[Any, Sequence[Any]], list[Any]]) -> None:
         self._replicate = replicate

@@ -1,4 +1,4 @@
-"""Forwards that cannot be right on replicas, refused before they begin."""
+"""Errors for forwards that would give wrong results on replicas, raised before they begin."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _transforms_active = torch._C._are_functorch_transforms_active
 def refuse_backward() -> None:
     """Raise if a backward pass runs this forward.
 
-    A gradient checkpoint around the whole model does that. The replicas no longer know what they agreed on in
-    the first pass, so they would compute new statistics and update the running statistics twice.
+    A gradient checkpoint around the whole model does that. The replicas no longer have the statistics of the
+    first forward, so they would compute new ones and update the running statistics twice.
 
     Raises:
         RuntimeError: this thread is inside a backward pass.

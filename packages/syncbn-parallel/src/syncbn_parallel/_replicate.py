@@ -1,8 +1,8 @@
 """Replicas of a module on any devices, several on one device included.
 
 A tensor that lives on the device of a replica is shared. Any other tensor is copied by a differentiable
-copy, so the gradients arrive in the original module, wherever its replicas are. All kinds of devices take
-one way, except that CUDA devices have a faster one.
+copy, so the gradients arrive in the original module, wherever its replicas are. All kinds of devices use
+the same code, except that CUDA devices have a faster copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from syncbn_parallel._module_tree import named_submodules
 
 _M = TypeVar("_M", bound=nn.Module)
 
-# One device's tensors; the key is the id of the module's own tensor that each of them stands for.
+# One device's tensors, by the id of the module's own tensor that each of them replaces.
 _Tensors = dict[int, Tensor]
 
 
@@ -31,24 +31,24 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
 
     - Parameters: on the device where the module lives, the module's own ``nn.Parameter`` objects, so that the
       gradients of all replicas there add up in them. On another device, differentiable copies, shared by the
-      replicas there; they are no leaves, yet ``replica.parameters()`` lists them.
-    - Buffers: replica 0 holds the module's own, so its in-place updates last. Every other replica has
-      copies of its own, differentiable where the buffer requires grad.
+      replicas there; they are not leaves, but ``replica.parameters()`` lists them.
+    - Buffers: replica 0 holds the module's own, so its in-place updates persist. Every other replica has
+      copies of its own, differentiable if the buffer requires grad.
     - Sub-modules: a replica of each, made by its ``_replicate_for_data_parallel()``. What is shared inside
       the module (a module under two names, tied weights) is shared inside a replica.
     - Its forward hooks, and those that its forward adds; these end with the replica.
     - Attributes and hooks that lead to sub-modules, parameters or buffers: bound methods, functions with a
       closure, ``functools.partial``, weak references, and lists, tuples, dicts, sets and deques of these, at
       any depth. In a replica they lead to those of the replica.
-    - Everything else by reference. Compiled code belongs to the module that it was compiled for, so a replica
-      of a compiled module runs uncompiled.
+    - Everything else by reference. Compiled code belongs to the module for which it was compiled, so a
+      replica of a compiled module runs uncompiled.
 
-    A module that is reached through a global variable, or through an attribute of an object that is no
-    module, stays the original.
+    A module that is reached through a global variable, or through an attribute of an object that is not a
+    module, is not replaced.
 
     Args:
         module: the module to replicate. It stays as it is.
-        devices: where the replicas go. A number is a device of the machine's accelerator, such as CUDA.
+        devices: the device of each replica. A number is a device of the machine's accelerator, such as CUDA.
 
     Returns:
         The replicas, in the order of ``devices``.
@@ -94,13 +94,13 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
 
 
 def _by_device(tensors: Iterable[Tensor | None], devices: list[torch.device]) -> dict[torch.device, _Tensors]:
-    """Return the tensors for each device: themselves where they live there, else differentiable copies."""
+    """Return the tensors for each device: the tensors on that device, and copies of the others."""
     originals = {id(t): t for t in tensors if t is not None}
     homes = {t.device for t in originals.values()}
     away = [device for device in dict.fromkeys(devices) if homes != {device}]
     found = dict.fromkeys(devices, originals)
     if len(homes) == 1 and len(away) > 1 and all(d.type == "cuda" for d in (*homes, *away)):
-        # One node and a few large transfers for all tensors and devices; it wants their own device first.
+        # One node and a few large transfers for all tensors and devices; their own device has to be first.
         indices = [device.index for device in (*homes, *away)]
         copies = Broadcast.apply(indices, *originals.values())  # type: ignore[no-untyped-call]
         for i, device in enumerate(away, start=1):
@@ -118,12 +118,12 @@ def _assemble(
     parameters: _Tensors,
     buffers: _Tensors,
 ) -> nn.Module:
-    """Build one replica of the first module from a copy of each and the tensors that it is to hold."""
+    """Build one replica of the first module from a copy of each module and the tensors for it."""
     copies = {id(module): copy_of(module) for module in modules}
     to_replica = ReplicaReferences(references, {**copies, **buffers, **parameters})
     for module, keys in zip(modules, attributes):
         made = copies[id(module)]
-        # Past nn.Module.__setattr__, which is slow and refuses a tensor that is no leaf as a parameter.
+        # Not by nn.Module.__setattr__, which is slow and accepts only leaf tensors as parameters.
         state = made.__dict__
         state["_modules"] = {k: None if m is None else copies[id(m)] for k, m in module._modules.items()}
         state["_parameters"] = _stand_ins(module._parameters, parameters)

@@ -15,17 +15,17 @@ from syncbn_parallel._containers import has_rows, parts_of, rebuilt
 from syncbn_parallel._devices import moved
 from syncbn_parallel._hints import warn_the_caller
 
-# Types of objects of which a warning has told that they go whole to every replica.
+# The types of objects for which a warning has said that every replica gets the whole object.
 _warned: WeakSet[type] = WeakSet()
 
-# What is looked at of an object, to find tensors in it: so many levels, so many entries of a container.
+# How far to search an object for tensors: the levels, and the entries of each container.
 _LEVELS = 3
 _ENTRIES = 100
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """How the rows of one tensor are split; all chunks but the last one are of one size."""
+    """How the rows of one tensor are split; all chunks except the last one have the same size."""
 
     rows: int
     count: int
@@ -48,19 +48,19 @@ def scatter_kwargs(
     lists, deques, named tuples, mappings and dataclasses, at any depth. Everything else goes to every replica
     as it is; for an object that holds tensors, a warning says so, once per type.
 
-    A chunk shares the memory of its tensor where it stays on the device. It is not a view for autograd, so
-    a replica may change it in place.
+    A chunk on the device of its tensor shares its memory. For autograd it is not a view, so a replica may
+    change it in place.
 
     Args:
         inputs: positional arguments.
         kwargs: keyword arguments.
-        devices: where the chunks go, in order.
+        devices: the devices of the chunks, in order.
         dim: the batch dimension.
 
     Returns:
         The positional and the keyword arguments of each call. There are as many calls as chunks: fewer than
-        devices for a small batch, one for an empty one, as many as devices where no argument has a tensor.
-        There is none where there is no argument.
+        devices for a small batch, one for an empty batch, and as many as devices if no argument has a tensor.
+        Without arguments there are no calls.
 
     Raises:
         ValueError: a tensor has no dimension ``dim``; or two tensors cannot be split side by side, because
@@ -99,7 +99,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _chunks(tensor: Any, most: int, dim: int, path: str) -> _Chunks:
-    """Return how ``Tensor.chunk`` splits; an empty tensor makes 0 chunks, which stand for any number."""
+    """Return how ``Tensor.chunk`` splits; an empty tensor makes 0 chunks, which means any number."""
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ValueError(
             f"expected a tensor with a batch dimension {dim}, got one of shape {tuple(tensor.shape)} "
@@ -129,7 +129,7 @@ def _common_count(found: Mapping[str, _Chunks], dim: int) -> int | None:
 
 
 def _side_by_side(one: _Chunks, other: _Chunks) -> bool:
-    """Return whether in all chunks a row of the one tensor goes with the same number of rows of the other."""
+    """Return whether a row of one tensor goes with the same number of rows of the other in all chunks."""
     small, large = sorted((one, other), key=lambda chunks: chunks.size)
     times = large.size // small.size
     return (large.count, large.size, large.last) == (small.count, times * small.size, times * small.last)
@@ -144,7 +144,7 @@ def _split(value: Any, devices: Sequence[torch.device], dim: int, path: str) -> 
         before = (slice(None),) * (dim % value.ndim)
         return [value[(*before, slice(i * size, (i + 1) * size))] for i in range(len(devices))]
     parts = parts_of(value, path)
-    # A list or dict of anything is one of the replica's own, which its forward may change.
+    # Each replica gets its own list or dict, which its forward may change.
     if parts and (type(value) in (tuple, list, dict) or any(True for _ in _leaves(value, path))):
         rows = zip(*(_split(part, devices, dim, part_path) for part_path, part in parts))
         return [rebuilt(value, row, path) for row in rows]
@@ -155,11 +155,11 @@ def _split_tensor(tensor: Tensor, devices: Sequence[torch.device], dim: int) -> 
     if len(devices) == 1:
         return [moved(tensor, devices[0])]
     if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
-        # A leaf may not be changed in place. Its chunks are views, so torch refuses that here too.
+        # A leaf must not be changed in place. Its chunks are views, so torch refuses that here too.
         chunks = tensor.chunk(len(devices), dim)
     else:
-        # Unlike those of `chunk`, these are no views. Each may be changed in place, and its version, which
-        # the backward checks, is its own. `InputChanges` does the rest of what a view does.
+        # Unlike the chunks of `chunk`, these are not views. Each may be changed in place and has a version of
+        # its own, which the backward checks. `InputChanges` does the rest of what a view does.
         chunks = tensor.unsafe_chunk(len(devices), dim)
     return [moved(chunk, device) for chunk, device in zip(chunks, devices, strict=True)]
 
@@ -177,7 +177,7 @@ def _warn_of_hidden_rows(value: Any, path: str) -> None:
 
 
 def _hides_rows(value: Any, levels: int) -> bool:
-    """Return whether an object that is no container of ours holds a tensor with a dimension."""
+    """Return whether an object that cannot be split holds a tensor with a dimension."""
     if has_rows(value):
         return bool(value.ndim)
     if levels == 0 or isinstance(value, (nn.Module, type, str, bytes)):
@@ -193,5 +193,5 @@ def _hides_rows(value: Any, levels: int) -> bool:
         inside = [getattr(value, name, None) for name in type(value).__slots__]
     try:
         return any(_hides_rows(item, levels - 1) for item in islice(inside, _ENTRIES))
-    except Exception:  # what cannot be looked into is not known to hold any
+    except Exception:  # an object that cannot be searched counts as one without tensors
         return False

@@ -1,8 +1,8 @@
-"""Lasting threads that run the replicas.
+"""Threads that run the replicas and are kept.
 
 A new thread per replica and forward would start a new OpenMP team each time. So the process keeps its threads
-and lends them out. A forward inside one of them borrows further threads. No call ever queues behind another
-one, so no call can wait for one that has not begun.
+and lends them out. A forward inside one of them borrows further threads. No call is ever queued behind
+another one, so no call can wait for one that has not begun.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SLICE = 0.5  # seconds
 
 
 class Job:
-    """A call on a worker thread. After its end it has a ``result``, or the ``error`` that it raised."""
+    """A call on a worker thread. After the call, it has a ``result``, or the ``error`` that was raised."""
 
     def __init__(self, call: Callable[[], Any], among: _Unfinished) -> None:
         self._call = call
@@ -39,7 +39,7 @@ class Job:
             self.error = error
 
     def take_error(self) -> BaseException | None:
-        """Return what the call has raised, and let go of it."""
+        """Return what the call has raised, and keep no reference to it."""
         error, self.error = self.error, None
         return error
 
@@ -79,7 +79,7 @@ def run_all(
         share: the number of intra-op threads that each call may use.
         on_interrupt: called with an exception that reaches this thread while it waits
             (``KeyboardInterrupt``). It has to make the calls end. Then the exception is raised. A second
-            one is raised at once.
+            exception is raised at once.
 
     Returns:
         The jobs, in the order of ``calls``. What a call has raised is in its job.
@@ -132,7 +132,7 @@ class _Worker:
             job.run(self._start_number)
             self.sequence_number = sequence_number()
             unfinished = job.among
-            del job  # or this thread, which now waits, would keep the last forward alive
+            del job  # otherwise this waiting thread would keep the last forward alive
             _pool.give_back(self)
             unfinished.end()
             del unfinished

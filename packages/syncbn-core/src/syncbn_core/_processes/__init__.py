@@ -1,1 +1,1 @@
-"""How the processes meet, where ``torch.distributed`` is initialized."""
+"""How processes synchronize, where ``torch.distributed`` is initialized."""

@@ -1,9 +1,9 @@
 """One order of the backward collectives in all processes.
 
-Processes that issue their collectives in different orders hang, or mix them up. Between the parallel branches
-of a net, the order of a backward depends on which node is ready first and on sequence numbers. So the nodes
-that run a collective are chained: each takes the result of the one before as an input that it does not read.
-Then autograd has to run them in exact reverse.
+If processes issue their collectives in different orders, they hang or mix them up. With parallel branches in
+a net, the order of a backward depends on which node is ready first and on sequence numbers. So the nodes that
+run a collective are chained: each gets the result of the previous one as an input that it does not read. Then
+autograd has to run them in exactly the reverse order.
 
 A chain makes all of its nodes reachable from the last one. So it must not connect what is differentiated
 separately, such as a generator, and a discriminator that looks at its detached images. Two nodes are in one
@@ -14,9 +14,11 @@ chain if
 - the input of the later node depends on a node of the chain. A backward through that input reaches the
   chain's graph in any case.
 
-Otherwise, in one process with one backward thread, autograd's own order is the reverse of their making.
+Otherwise, in one process with one backward thread, autograd runs the nodes in the reverse of the order in
+which they were made.
 
-A chain ends when a backward has begun. The graph keeps its last result; here it is only referred to weakly.
+A chain ends when a backward has begun. The graph keeps its last result; this module only has a weak reference
+to it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch.autograd.graph import Node
 
 from syncbn_comm import ReplicaGroup
 
-# How far to look for the chain that an input depends on: a few layers without synchronization.
+# How many nodes to search for the chain that an input depends on: a few layers without synchronization.
 _NODES_LOOKED_AT = 100
 
 _by_group: weakref.WeakKeyDictionary[ReplicaGroup, Chain] = weakref.WeakKeyDictionary()
@@ -47,17 +49,17 @@ class Chain:
         self._last: Callable[[], Tensor | None] | None = None
 
     def take(self) -> Tensor:
-        """Return the result of the last node; where there is none, that of no node."""
+        """Return the result of the last node, or a tensor of no node if there is none."""
         last = self._last() if self._last is not None else None
         # It needs a gradient even if no input does: then every process takes part in the backward.
         return torch.empty(0, requires_grad=True) if last is None else last
 
     def give(self, result: Tensor) -> None:
-        """Go on from the node that has this result, which something else has to keep."""
+        """Continue after the node with this result, which something else has to keep alive."""
         self._last = weakref.ref(result)
 
     def give_node(self, node: Node) -> None:
-        """Go on from this node, the last of whose saved tensors is a result of its own."""
+        """Continue after this node, whose last saved tensor is one of its results."""
         self._last = partial(_last_saved, weakref.ref(node))
 
 
@@ -65,7 +67,7 @@ def _last_saved(reference: weakref.ref[Node]) -> Tensor | None:
     node: Any = reference()
     try:
         return None if node is None else node.saved_tensors[-1]
-    except RuntimeError:  # another of them was changed in place: the node's backward would raise the same
+    except RuntimeError:  # a saved tensor was changed in place: the node's backward raises the same
         return None
 
 
@@ -85,7 +87,7 @@ def chain_of(x: Tensor, group: ReplicaGroup | None) -> Chain:
 
 
 def _chain_behind(node: Node | None) -> Chain | None:
-    """Return the chain of the nearest node behind this one that has one."""
+    """Return the chain of the nearest node that this one depends on and that has a chain."""
     seen = {node}
     queue = deque([node])
     while queue and len(seen) < _NODES_LOOKED_AT:

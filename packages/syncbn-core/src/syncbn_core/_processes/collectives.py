@@ -35,16 +35,16 @@ from syncbn_core._kernels.statistics import merge_dtype, merge_stacked, merge_st
 
 CHECK_VARIABLE = "SYNCBN_CHECK"
 
-# From so many processes on, sums are sent in the forward too.
+# With this many processes or more, sums are sent in the forward too.
 MANY = 9
 
-# Up to here merging one by one takes fewer operations than merging all at once.
+# Up to this number, merging one by one takes fewer operations than merging all at once.
 _FEW = 3
 
-# The number of a process that does not know its call, because some of its calls are compiled.
+# Sent by a process that does not know the number of its call, because some of its calls are compiled.
 UNKNOWN = 0.0
 
-# The name of the one-tensor gather moves: all_gather_into_tensor, all_gather_single from torch 2.13 on.
+# The gather into one tensor is called all_gather_into_tensor, and all_gather_single from torch 2.13 on.
 _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 _REMEDY = (
@@ -55,7 +55,7 @@ _REMEDY = (
 
 
 class Scope(enum.Enum):
-    """What can stand for a process group."""
+    """Values that can take the place of a process group."""
 
     THIS_PROCESS = "the replicas of this process"
 
@@ -72,7 +72,7 @@ _compiled: set[str] = set()
 
 
 def note_compiled(name: str) -> None:
-    """Note that a layer is in a compiled graph, so that its eager calls do not tell their number."""
+    """Note that a layer is in a compiled graph, so that its eager calls do not send their number."""
     _compiled.add(name)
 
 
@@ -87,9 +87,9 @@ class Processes:
     """Several processes that synchronize one call of one layer, seen from one of them.
 
     Args:
-        group: theirs; None for the default one.
+        group: their process group; None for the default one.
         name: the layer's name, the same in all processes, for error messages.
-        calls: of the layer; this call is counted.
+        calls: the layer's counter of calls, which counts this call.
     """
 
     def __init__(self, group: Any, name: str, calls: Calls) -> None:
@@ -130,7 +130,7 @@ class Processes:
         return *merge_statistics(parts, counts), sum(counts)
 
     def merge_with_gradient(self, mean: Tensor, m2: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Do the same with derivatives of any order, by a gather however many processes there are."""
+        """Do the same with derivatives of any order, by a gather for any number of processes."""
         anchor = torch.empty(0, requires_grad=True)
         packed = _packed(mean, m2, count)
         everybody: Tensor = _Gather.apply(packed, self, anchor)  # type: ignore[no-untyped-call]
@@ -200,7 +200,7 @@ class Processes:
         return total[:-2].view(values.shape).to(values.dtype)
 
     def _tag(self, phase: str) -> float:
-        """Return a number for the layer, the call and the phase, of which a float64 can hold a sum."""
+        """Return a number for the layer, the call and the phase; a float64 holds the sum of such numbers."""
         return float(zlib.crc32(f"{phase} {self._place}".encode())) if self._is_counted else UNKNOWN
 
     def _strayed(self, phase: str, who: str) -> BrokenSyncError:
@@ -243,7 +243,7 @@ def processes_of(process_group: Any, name: str, calls: Calls) -> Processes | Non
     Args:
         process_group: None for the default group, where there is one; a group; or `THIS_PROCESS`.
         name: the layer's name, for error messages.
-        calls: of the layer; this call is counted if there are several processes.
+        calls: the layer's counter of calls, which counts this call if there are several processes.
 
     Raises:
         ValueError: this process is not in the group.

@@ -1,1 +1,1 @@
-"""How the replicas of one forward meet."""
+"""How the replicas of one forward synchronize."""

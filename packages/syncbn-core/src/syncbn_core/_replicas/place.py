@@ -1,4 +1,4 @@
-"""One replica's place among the replicas of one forward, and how it meets them."""
+"""One replica's place among the replicas of one forward, and how they synchronize."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from syncbn_core._replicas.recomputation import Agreements, in_backward
 
 
 class Message(NamedTuple):
-    """What a replica brings to a meeting, where every replica has nodes of its own.
+    """What a replica contributes if every replica has nodes of its own.
 
     Attributes:
-        statistics: of its own batch: mean, m2 (on accelerators invstd), and whatever rows follow.
+        statistics: of its own batch: mean, m2 (on accelerators invstd), and possibly further rows.
         samples: the number of samples per channel.
         dtype: of its input.
         stream: the stream of its kernels, where its device has streams.
@@ -32,7 +32,7 @@ class Message(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """What the master reads."""
+        """The tensor that the master reads."""
         return self.statistics
 
 
@@ -41,7 +41,7 @@ Master = Callable[[Sequence[tuple[int, Any]]], list[tuple[int, Any]]]
 
 
 class HasGroup(Protocol):
-    """Whatever knows the replicas of one forward."""
+    """An object that knows the replicas of one forward."""
 
     @property
     def group(self) -> ReplicaGroup:
@@ -49,7 +49,7 @@ class HasGroup(Protocol):
 
 
 class ReplicationContext(HasGroup, Protocol):
-    """What a layer needs of the context that a replication callback is given."""
+    """The part that a layer needs of the context that a replication callback gets."""
 
     @property
     def name(self) -> str:
@@ -60,9 +60,9 @@ class Place:
     """One replica's place among the replicas of one forward.
 
     Args:
-        forward: what knows the others, asked no earlier than the layer runs; None if there are none.
+        forward: knows the others, and is asked only when the layer runs; None if there are no others.
         rank: this replica's; 0 is the master.
-        name: where they meet: the layer's name in the model.
+        name: the place where they synchronize: the layer's name in the model.
         nested: whether the replicated layer was itself a replica.
     """
 
@@ -80,18 +80,18 @@ class Place:
         return group if group is not None and group.world_size > 1 else None
 
     def agree(self, message: Message, master: Master, *, recomputable: bool) -> Tensor:
-        """Meet the other replicas and return what they agree on.
+        """Synchronize with the other replicas, and return what they agree on.
 
-        Inside a backward (a gradient checkpoint recomputes a part of this replica's forward) nobody is met:
-        the replica returns to what was agreed on in the forward.
+        Inside a backward (a gradient checkpoint recomputes a part of this replica's forward) the replica does
+        not wait for others: it returns what was agreed on in the forward.
 
         Args:
             message: this replica's.
-            master: what becomes of all messages.
+            master: the function that answers all messages.
             recomputable: whether a recomputation saves the same tensors as the forward did.
 
         Raises:
-            BrokenSyncError: another replica failed, left or did not come.
+            BrokenSyncError: another replica failed, finished early or did not arrive.
             RuntimeError: a recomputation cannot be right.
         """
         if in_backward():
@@ -105,7 +105,7 @@ class Place:
                 "the outer one"
             )
         agreed = self.meet(message, master)
-        if agreed is None:  # others have come with something else, and come again
+        if agreed is None:  # others have sent another kind of message, and send again
             agreed = self.meet(message, master)
         self._agreements.remember(message.statistics.detach(), agreed, keeps=self.group is not None)
         return cast(Tensor, agreed)
@@ -127,7 +127,7 @@ class Place:
         return is_running
 
     def meet(self, message: Any, master: Master) -> Any:
-        """Meet the other replicas, and return the master's answer to this one."""
+        """Synchronize with the other replicas, and return the master's answer to this one."""
         if self.group is None:
             return master([(0, message)])[0][1]
         return self.group.member(self.rank).exchange(message, master, where=self.name)

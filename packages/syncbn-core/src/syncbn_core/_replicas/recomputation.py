@@ -13,9 +13,9 @@ from torch import Tensor
 
 class _Agreement(NamedTuple):
     own: Tensor  # the replica's own statistics
-    agreed: Callable[[], Tensor | None]  # as long as it is needed
+    agreed: Callable[[], Tensor | None]  # None when no graph needs it any more
     in_grad_mode: bool
-    backward: int  # in which it was made; -1 for none
+    backward: int  # the backward in which it was made; -1 for none
 
 
 class Agreements:
@@ -45,14 +45,14 @@ class Agreements:
         known = [
             (a, agreed)
             for a in self._known
-            # What was agreed on in this very backward belongs to another call of the layer: a checkpoint with
-            # use_reentrant=True makes the whole forward there.
+            # What was agreed on in this backward belongs to another call of the layer, since a checkpoint
+            # with use_reentrant=True runs the whole forward there.
             if a.backward != current_backward() and (agreed := a.agreed()) is not None
         ]
         if not known:
             return None
-        # If the layer was called several times in this forward: a recomputation repeats the numbers of the
-        # first pass, so the replica's own statistics tell which call it is. They are compared on their
+        # The layer may have been called several times in this forward. A recomputation repeats the numbers of
+        # the first pass, so the replica's own statistics identify the call. They are compared on their
         # device, so that the host does not wait for it.
         distance = (torch.stack([a.own for a, _ in known]) - own).abs()  # (calls, rows, C)
         nearest = distance.flatten(1).amax(1).argmin().view(1)
@@ -72,8 +72,8 @@ class Agreements:
 
         Args:
             own: the replica's own statistics.
-            agreed: what to normalize with.
-            keeps: whether to keep it for as long as the replica lives, if no graph keeps it.
+            agreed: the mean and invstd to normalize with.
+            keeps: whether to keep it as long as the replica exists, if no graph keeps it.
         """
         self._known = [a for a in self._known if a.agreed() is not None]
         if agreed.requires_grad and torch.is_grad_enabled():

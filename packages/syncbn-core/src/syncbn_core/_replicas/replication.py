@@ -17,7 +17,7 @@ from syncbn_core._processes.collectives import Calls, Scope
 from syncbn_core._replicas.place import Place, ReplicationContext
 from syncbn_core._replicas.stock_data_parallel import enlist, enlist_by_context, is_counted
 
-# What belongs to one process or one forward, so that no copy or pickle has it.
+# Attributes that belong to one process or one forward, and so are not copied or pickled.
 _TRANSIENT = frozenset({"_place", "_original", "_layer_id"})
 
 # Not on the layers: nothing of a forward stays on a model.
@@ -64,10 +64,10 @@ class ReplicatedLayer(nn.Module):
     def __data_parallel_replicate__(self, ctx: ReplicationContext, copy_id: int) -> None:
         """Take the place of replica ``copy_id`` in this forward; called on every replica, the master first.
 
-        A context of some other library knows no group. Then the layer's replicas belong together that are
-        given one context, unless torch's own loop has made them and the layers have counted them.
+        A context of another library has no group. Then the replicas of the layer that get the same context
+        belong together, unless torch's own loop made them: then the layers have counted them.
         """
-        nested = self._place is not None and self._place.nested  # found out when the replica was made
+        nested = self._place is not None and self._place.nested  # known since the replica was made
         name = getattr(ctx, "name", None) or self._where()
         if getattr(ctx, "group", None) is not None:
             self._place = Place(ctx, copy_id, name, nested)
@@ -77,7 +77,7 @@ class ReplicatedLayer(nn.Module):
     def _replicate_for_data_parallel(self) -> Self:
         nested = self._group() is not None
         replica = self.__new__(type(self))
-        # As nn.Module's own, which sets one by one what it exchanges, and takes three times as long.
+        # As nn.Module's own method, which sets attributes one by one and takes three times as long.
         replica.__dict__.update(
             self.__dict__,
             _parameters={},
@@ -92,7 +92,7 @@ class ReplicatedLayer(nn.Module):
 
     @contextmanager
     def _carrying_back(self) -> Iterator[None]:
-        """Carry what is assigned to this replica meanwhile back to the layer of the replicated model."""
+        """Copy what is assigned to this replica inside the block to the layer of the replicated model."""
         original = self._of_model()
         if original is self:
             yield
@@ -106,7 +106,7 @@ class ReplicatedLayer(nn.Module):
                     continue
                 if old is None or new is None or old.shape != new.shape:
                     original._buffers[name] = new
-                else:  # in place: what replica 0 holds is the storage of the model
+                else:  # in place: the tensors of replica 0 are the storage of the model
                     self._buffers[name] = old.copy_(new)
         for name, value in self.__dict__.items():
             if name not in attributes or attributes[name] is not value:
@@ -115,8 +115,8 @@ class ReplicatedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self._lasting_state()
         if self.process_group is not None and not isinstance(self.process_group, Scope):
-            del state["process_group"]  # belongs to this process; nothing of it can be written down
-            # The same text for every layer, so that a model gets one warning.
+            del state["process_group"]  # belongs to this process and cannot be pickled
+            # The text is the same for every layer, so that a model gets one warning.
             warnings.warn(
                 "the process_group of synchronized layers is not part of a pickle, so the loaded layers will "
                 "synchronize over the default group. Set their process_group after loading, or save "

@@ -1,13 +1,13 @@
-"""Replicas made by others than ``syncbn_parallel``, who do not tell which replicas belong together.
+"""Replicas that ``syncbn_parallel`` did not make: nothing says which of them belong together.
 
 ``torch.nn.parallel.replicate`` asks every module, one after the other, for all of its replicas in a row,
-through ``_replicate_for_data_parallel()``. So the layers can count. The counts of one such call give one
-group for all layers of that forward. A vendored ``sync_batchnorm`` folder gives every layer's replicas one
-context, which knows no group: there, each layer gets a group of its own.
+through ``_replicate_for_data_parallel()``. So the layers can count their replicas. The counts of one such
+call give one group for all layers of that forward. A vendored ``sync_batchnorm`` folder gives the replicas of
+each layer one context, which has no group: there, each layer gets a group of its own.
 
-Nobody tells when a replica fails, either. But each replica runs in a thread of its own: the end of that
-thread is the end of the replica. A replica that has met the others once is missed as soon as it ends. One
-that ends before is waited for until the timeout.
+Nothing says when a replica fails, either. But each replica runs in a thread of its own: the end of that
+thread is the end of the replica. If a replica has synchronized with the others once, they get an error as
+soon as it ends. If it ends before that, they wait until the timeout.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def enlist(layer: nn.Module, name: str, nested: bool) -> Place:
     """Count one more replica of ``layer``, and return its place among the others.
 
     Args:
-        layer: what the replica is one of; its ``_replicate_for_data_parallel()`` calls this.
-        name: the layer's, for error messages; need not be unique.
+        layer: the layer that is replicated; its ``_replicate_for_data_parallel()`` calls this.
+        name: the layer's name, for error messages; need not be unique.
         nested: whether the layer is itself a replica.
     """
     previous = getattr(_replicating, "forward", None)
@@ -49,8 +49,8 @@ def enlist(layer: nn.Module, name: str, nested: bool) -> Place:
 
 
 def _announced_replicas() -> int | None:
-    """How many replicas torch's own loop is about to make, where it is the one that asks."""
-    # This function, enlist, _replicate_for_data_parallel, and who called that.
+    """Return how many replicas torch's own loop is about to make; None if something else makes them."""
+    # The frames: this function, enlist, _replicate_for_data_parallel, and the caller of that.
     frame = sys._getframe(3)
     if frame.f_code is not torch_replicate.__code__:
         return None
@@ -59,7 +59,7 @@ def _announced_replicas() -> int | None:
 
 
 class _Forward:
-    """The replicas of one forward, kept alive by nothing but themselves."""
+    """The replicas of one forward; only the replicas keep this object alive."""
 
     def __init__(self, announced: int | None) -> None:
         self._announced = announced
@@ -94,7 +94,7 @@ class _Forward:
 
     @property
     def group(self) -> ReplicaGroup:
-        """All replicas, taken for complete as soon as one of them asks.
+        """All replicas; none can be added once one of them has asked.
 
         Raises:
             RuntimeError: they do not fit together.
@@ -121,13 +121,13 @@ class StockPlace(Place):
         self._caller = threading.get_ident()  # may run a replica, and the backward later
 
     def watch(self) -> Callable[[], bool]:
-        """Return a function that tells whether a replica's own thread asks."""
+        """Return a function that tells whether a replica's own thread calls it."""
         # A replica's thread ends with the replica, so what it differentiates belongs to its forward.
         threads = self._threads
         return lambda: threading.current_thread() in threads
 
     def meet(self, message: Any, master: Master) -> Any:
-        """Meet the other replicas, with this thread's end as the end of this one."""
+        """Synchronize with the other replicas; the end of this thread is the end of this replica."""
         group = self.group
         if threading.get_ident() != self._caller:
             self._threads.add(threading.current_thread())
@@ -144,7 +144,7 @@ class StockPlace(Place):
 
 
 class _Attendance:
-    """Lives in a thread as long as the replica that the thread runs."""
+    """Exists in a thread as long as the replica that the thread runs."""
 
     def __init__(self, group: ReplicaGroup, rank: int) -> None:
         self.group = weakref.ref(group)
@@ -160,7 +160,7 @@ _by_context: weakref.WeakKeyDictionary[Any, dict[int, _ContextForward]] = weakre
 
 
 def is_counted(place: Place | None) -> bool:
-    """Whether torch's own loop has made this replica, so that counting tells who belongs together."""
+    """Whether torch's own loop made this replica, so that the replicas of a forward can be counted."""
     forward = place._forward if isinstance(place, StockPlace) else None
     return isinstance(forward, _Forward) and forward.is_announced
 
@@ -170,7 +170,7 @@ def enlist_by_context(layer: int, ctx: Any, copy_id: int, name: str, nested: boo
 
     Args:
         layer: a number for the layer of the replicated model.
-        ctx: the context, of any class that can be referred to weakly.
+        ctx: the context, of any class that supports weak references.
         copy_id: the replica's number.
         name: the layer's name, for error messages.
         nested: whether the layer was itself a replica.
@@ -184,7 +184,7 @@ def enlist_by_context(layer: int, ctx: Any, copy_id: int, name: str, nested: boo
 
 
 class _ContextForward:
-    """The replicas of one layer that have been given one context."""
+    """The replicas of one layer that got the same context."""
 
     def __init__(self) -> None:
         self.copies: set[int] = set()
@@ -198,7 +198,7 @@ class _ContextForward:
 
     @property
     def group(self) -> ReplicaGroup:
-        """All replicas, taken for complete as soon as one of them asks."""
+        """All replicas; none can be added once one of them has asked."""
         with self._lock:
             if self._group is None:
                 self._group = ReplicaGroup(max(self.copies) + 1)
