@@ -1,8 +1,8 @@
-"""What a compiler traces of a layer in training over processes: plain operations and two collectives.
+"""The code that a compiler traces in training over processes: plain operations and two collectives.
 
-The backward is written by hand, of plain operations too: autograd would derive one of more passes over the
-batch. It reads x and dy once for the sums that the processes exchange, and once more for dx, in loops that a
-compiler fuses with those around them.
+The backward is written by hand, also with plain operations: the one that autograd derives makes more passes
+over the batch. It reads x and dy once for the sums that the processes exchange, and once more for dx, in
+loops that a compiler fuses with those around them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def over_processes(layer: _SynchronizedBatchNorm, x: Tensor, group: Group) -> Te
     """Return the layer's output by the statistics of the batches of all processes, in training.
 
     Args:
-        layer: gives weight, bias and eps; its running statistics are moved.
+        layer: has weight, bias and eps; its running statistics are updated.
         x: ``(N, C, *)``, the batch of this process; N may be 0.
         group: the processes.
     """
     note_compiled(layer._name_in_all_processes())
     count = count_of(x)
-    # Detached rather than in no_grad: an error within would leave the graph's no_grad on.
+    # Detached, not in no_grad: an error inside would leave the graph in no_grad.
     mean, m2 = _statistics_in_one_pass(x.detach(), count)
     mean, m2, total = collectives.merge(mean, m2, count, layer.eps, group)
     if count < 2:  # the only case in which the total can be less than 2
@@ -68,9 +68,9 @@ def count_of(x: Tensor) -> int:
 def _statistics_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return mean and m2 of a batch, ``(C,)`` each, in at least float32.
 
-    The sums are taken of ``x - center``, where the center is the mean of the first sample. It lies within
-    ``sqrt(N)`` standard deviations of the batch's mean, wherever that is, so the difference at the end loses
-    no digits to a mean far from 0. The mean of the batch itself would take one more pass over it.
+    The sums are those of ``x - center``, where the center is the mean of the first sample. It is within
+    ``sqrt(N)`` standard deviations of the batch's mean, so the difference at the end loses no digits if the
+    mean is far from 0. To use the mean of the batch itself would need one more pass.
 
     Args:
         x: ``(N, C, *)``; N may be 0.
@@ -91,7 +91,7 @@ def _statistics_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _move_unless_empty(
     layer: _SynchronizedBatchNorm, total: Tensor, mean: Tensor, unbiased_var: Tensor
 ) -> None:
-    """Move the running statistics, unless no process has a value."""
+    """Update the running statistics, unless no process has a value."""
     buffers = [buffer for buffer in layer._buffers.values() if buffer is not None]
     before = [buffer.clone() for buffer in buffers]
     layer._move_running_statistics(mean, unbiased_var)
@@ -120,7 +120,7 @@ class _Normalize(Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         dtype = compute_dtype(x.dtype)
         scale = invstd if weight is None else invstd * weight
-        # x - mean by its rounded mean, and what that leaves in the shift: no digit is lost to a large mean.
+        # x minus the rounded mean; the shift has the rest of the mean: a large mean loses no digits.
         rounded = mean.to(dtype)
         shift = (rounded - mean) * scale
         if bias is not None:

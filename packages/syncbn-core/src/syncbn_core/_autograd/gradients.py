@@ -1,4 +1,4 @@
-"""What one node and three nodes have in common: the reduction of the gradients, and what they refuse."""
+"""What one node and three nodes share: the reduction of the gradients, and their errors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Sums = tuple[Tensor, Tensor]
 
 
 class ReducedGradients(NamedTuple):
-    """What comes of the sums of all replicas.
+    """The results of adding the sums of all replicas.
 
     Attributes:
         dweight: ``(C,)``, over the replicas of this process; None if no output of theirs was used.
         dbias: ``(C,)``, the same.
-        sums: ``(2, C)``, sum_dy and sum_dy_xmu over all processes, as the input gradients want them.
+        sums: ``(2, C)``, sum_dy and sum_dy_xmu over all processes, for the input gradients.
     """
 
     dweight: Tensor | None
@@ -36,12 +36,12 @@ def reduce_gradients(
     """Add the sums of all replicas, in rank order, and exchange them with the other processes.
 
     Args:
-        parts: of the replicas whose outputs were used, on the device of ``whole``.
-        whole: what the replicas have been normalized with.
-        processes: the other processes, where there are several.
+        parts: the sums of each replica whose output was used, on the device of ``whole``.
+        whole: the statistics that the replicas were normalized with.
+        processes: the processes, if there are several.
 
     Returns:
-        None if nobody used an output.
+        None if no output was used.
     """
     if not parts and processes is None:
         return None
@@ -51,9 +51,9 @@ def reduce_gradients(
     elif parts:
         total = torch.stack([each for column in zip(*parts) for each in column])  # (2R, C)
         total = total.view(2, len(parts), -1).sum(1)
-    else:  # reached by the chain alone: it has nothing to add, but other processes may
+    else:  # only the chain leads here: this process has nothing to add, but other processes may
         total = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
-    if rounding is not None:  # the kernels took the rounded mean
+    if rounding is not None:  # the kernels used the rounded mean
         total = torch.stack([total[0], torch.addcmul(total[1], total[0], rounding)])
     dweight = dbias = None
     if parts:
@@ -74,10 +74,10 @@ def backward_kernels_of(device: torch.device, is_batched: bool) -> Kernels:
 
 
 def refuse_inside_forward(is_running: Callable[[], bool], name: str) -> None:
-    """Raise if a backward runs before all replicas have finished their forward.
+    """Check that all replicas have finished their forward before a backward runs.
 
     Raises:
-        RuntimeError: it does.
+        RuntimeError: a replica still runs its forward.
     """
     if is_running():
         raise RuntimeError(

@@ -1,9 +1,9 @@
 """One autograd node for small batches of several replicas on the CPU, which are normalized as one batch.
 
 Each call of torch releases and takes Python's global lock. Replicas that make many short calls at the same
-time spend most of it on handing each other that lock. So where batches are small, replica 0 makes one batch
-of them and calls torch's own batch norm kernels, one in the forward and one in the backward. The joined batch
-is a copy of the inputs, and it is kept for backward.
+time spend most of that time on passing the lock to each other. So if batches are small, replica 0 joins them
+into one batch and calls torch's own batch norm kernels, one in the forward and one in the backward. The
+joined batch is a copy of the inputs, and it is kept for backward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from syncbn_core._kernels.layouts import DENSE, is_batched, laid_out_as
 from syncbn_core._kernels.protocol import InputGradient, Reduction, WholeBatch
 from syncbn_core._kernels.statistics import samples_per_channel
 
-# Batches of up to so many elements per replica are small (measured on two cores, with 2 and 4 replicas).
+# Batches of up to this many elements per replica are small (measured on two cores, with 2 and 4 replicas).
 JOINED_UP_TO = 2**18
 
 
@@ -31,16 +31,16 @@ def reduce(inputs: Sequence[Tensor], how: Reduction) -> Sequence[Tensor] | None:
 
     Args:
         inputs: ``(N, C, *)`` each; at least one sample in all.
-        how: the layer's part.
+        how: the layer's options for the reduction.
 
     Returns:
-        Each replica's output. None, and nothing has been moved, if the inputs cannot be joined, or a mean is
-        so far from 0 that this needs more digits than their dtype has.
+        Each replica's output. None, without any effect, if the inputs cannot be joined, or if a mean is so
+        far from 0 that the result needs more digits than their dtype has.
     """
     if how.processes is not None or not how.is_standard or not _fit_together(inputs):
         return None
     if any(p is not None and p.dtype != how.dtype for p in (how.weight, how.bias)):
-        return None  # the kernels mix halves with float32 alone
+        return None  # the kernels combine half inputs with float32 parameters only
     with torch.no_grad():
         batch = torch.cat([x.detach() for x in inputs])
         samples = samples_per_channel(batch)
@@ -76,12 +76,12 @@ class _JoinedBatchNorm(Function):
         bias: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        # Not `how` itself: a graph that held the layer could hold itself.
+        # Not `how` itself: it holds the layer, and so a reference cycle through the graph would be possible.
         ctx.where, ctx.eps, ctx.is_running = how.name, how.eps, how.is_running
         ctx.whole, ctx.sizes = whole, [len(x) for x in inputs]
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         ctx.save_for_backward(batch, weight)
-        # `.data`, because views would be told of the changes that are made to each other in place.
+        # `.data`, because an in-place change of one view counts as a change of all the others.
         return tuple(part.data for part in torch.split(y, ctx.sizes))
 
     @staticmethod
@@ -106,7 +106,7 @@ class _JoinedBatchNorm(Function):
             weight_dtype, bias_dtype = ctx.dtypes
             dweight = dweight.to(weight_dtype) if need_weight and dweight is not None else None
             dbias = dbias.to(bias_dtype) if need_bias and dbias is not None else None
-        # The batch is a copy that needs no gradient, even if the inputs do.
+        # The batch is a copy that does not require grad, even if the inputs do.
         needing = torch.empty(0, requires_grad=any(need_inputs))
         dweight, dbias, *dxs = refuse_second_derivative(
             ctx.where, [dweight, dbias, *dxs], [*dys, weight, needing]

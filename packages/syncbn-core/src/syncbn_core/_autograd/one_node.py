@@ -7,11 +7,11 @@
     ...                        │    (replica 0's thread)  │
                                └──────────────────────────┘    invstd)
 
-`enter` and `leave` run in each replica's thread, `reduce` in that of replica 0. The node needs an output for
-every replica before the replicas can write them: on the CPU `reduce` allocates the outputs, and `leave`
-writes them. On other devices, where writing is a launch, `reduce` does that as well.
+`enter` and `leave` run in each replica's thread, `reduce` in the thread of replica 0. The node needs the
+outputs of all replicas before the replicas can write them: on the CPU, `reduce` allocates the outputs and
+`leave` writes them. On other devices, where writing is only a launch, `reduce` writes them as well.
 
-Small batches on the CPU go through `joined_node`.
+Small batches on the CPU use `joined_node`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from syncbn_core._kernels.streams import across, current_stream, wait_for
 
 
 class Share(NamedTuple):
-    """What a replica brings.
+    """What a replica contributes.
 
     Attributes:
         x: its input, ``(N, C, *)``; N may be 0.
-        statistics: of its input; None if the master had better take them.
+        statistics: of its input; None if the master should compute them.
         samples: the number of samples per channel.
         weight: ``(C,)`` or None, on the device of ``x``.
         bias: ``(C,)`` or None, on the device of ``x``.
-        stream: the stream of its kernels, where its device has streams.
+        stream: the stream of its kernels, if its device has streams.
     """
 
     x: Tensor
@@ -58,16 +58,16 @@ class Share(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """What the master reads."""
+        """The tensor that the master reads."""
         return self.x
 
 
 class Output(NamedTuple):
-    """What a replica gets.
+    """What a replica receives.
 
     Attributes:
         y: its output.
-        unwritten: what to write it from; None if it is written.
+        unwritten: the statistics to write it with; None if it is written already.
     """
 
     y: Tensor
@@ -76,7 +76,7 @@ class Output(NamedTuple):
 
 @torch.no_grad()
 def enter(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, several: bool) -> Share:
-    """Take the statistics of a replica's input: where data enters."""
+    """Compute the statistics of a replica's input: where data enters."""
     kernels = kernels_of(x.device)
     joins = several and kernels.joins_small_batches and x.numel() <= joined_node.JOINED_UP_TO
     statistics = None if joins else kernels.local_statistics(x, eps)
@@ -88,7 +88,7 @@ def reduce(shares: Sequence[Share], how: Reduction) -> list[Output]:
 
     Raises:
         ValueError: there is one sample per channel in all replicas and processes together.
-        BrokenSyncError: another process failed or did not come.
+        BrokenSyncError: another process failed or did not arrive.
     """
     inputs = [share.x for share in shares]
     if len(shares) > 1 and all(share.statistics is None for share in shares):
@@ -105,7 +105,7 @@ def reduce(shares: Sequence[Share], how: Reduction) -> list[Output]:
 
 @torch.no_grad()
 def leave(output: Output, share: Share) -> Tensor:
-    """Write a replica's output, if that is left to it, and return it: where data leaves."""
+    """Write a replica's output, if it is not written yet, and return it: where data leaves."""
     if output.unwritten is not None:
         mean, invstd, *_ = output.unwritten
         y = output.y.detach()
@@ -114,13 +114,13 @@ def leave(output: Output, share: Share) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """What the node is made of.
+    """The parts of the node.
 
     Attributes:
         shares: of all replicas.
         wholes: the statistics of the whole batch, on the device of each replica.
         leaves_outputs: whether the replicas write their outputs.
-        how: the layer's part.
+        how: the layer's options for the reduction.
     """
 
     shares: Sequence[Share]
@@ -155,7 +155,7 @@ class _BatchNorm(Function):
         previous: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        # Not `how` itself: a graph that held the layer could hold itself.
+        # Not `how` itself: it holds the layer, and so a reference cycle through the graph would be possible.
         how = plan.how
         ctx.where, ctx.processes, ctx.chain = how.name, how.processes, how.chain
         ctx.is_running = how.is_running
@@ -163,7 +163,7 @@ class _BatchNorm(Function):
         ctx.streams = [share.stream for share in plan.shares]
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
         ctx.set_materialize_grads(False)
-        link = torch.empty(0)  # what the next node of the chain depends on; the last of what is saved
+        link = torch.empty(0)  # the next node of the chain depends on it; the last tensor that is saved
         others = [None if s.weight is None else s.weight.detach() for s in plan.shares[1:]]
         ctx.save_for_backward(*inputs, weight, *others, link)
         if plan.leaves_outputs:
@@ -187,7 +187,7 @@ class _BatchNorm(Function):
         devices = [x.device for x in batches]
         with torch.no_grad(), across(devices[0], devices):
             for dy, stream in zip(dys, ctx.streams):
-                if dy is None:  # no gradient has ordered this thread's streams after the forward's
+                if dy is None:  # no gradient has ordered this thread's streams after those of the forward
                     wait_for(stream)
             dweight, dbias, dxs = _gradients(
                 dys, batches, weights, need_inputs, ctx.wholes, ctx.processes, many
@@ -210,7 +210,7 @@ def _gradients(
     processes: Any,
     many: bool,
 ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
-    """Return dweight and dbias of all batches together, and the dx of each batch that wants one."""
+    """Return dweight and dbias of all batches together, and the dx of each batch that needs one."""
     home = wholes[0].mean.device
     parts = []
     for dy, x, whole in zip(dys, batches, wholes):
@@ -222,7 +222,7 @@ def _gradients(
     if reduced is None:
         return None, None, dxs
     sums = {home: reduced.sums}
-    # The last one first: the caches hold what has been read just now.
+    # The last one first: the caches still hold it.
     for i in reversed(range(len(batches))):
         x, whole = batches[i], wholes[i]
         if not wanted[i]:

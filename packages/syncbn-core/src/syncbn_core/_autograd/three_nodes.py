@@ -7,19 +7,19 @@
                └──────────────── x_i, the same storage ─────────────┘
 
 A backward that waits for the other replicas would deadlock, since autograd runs all CPU nodes on one thread.
-Here nobody waits. Merge is one node for all replicas, so autograd itself calls it when the sums of every
-replica are there. What travels backward between the nodes is not a derivative; their composition is:
+Here no thread waits. Merge is one node for all replicas, so autograd calls it when it has the sums of every
+replica. The tensors that the nodes send back are not derivatives by themselves; the composition is exact:
 
-- Apply_i hands ``dy`` on to Gather_i untouched, and the two sums over ``dy`` to Merge.
+- Apply_i passes ``dy`` unchanged to Gather_i, and the two sums over ``dy`` to Merge.
 - Merge adds the sums of all replicas, makes the gradients of weight and bias, and returns to each Gather_i
   the vectors that it needs.
 - Gather_i forms ``dx``.
 
 Gather and Apply keep their tensors by ``save_for_backward``, which a gradient checkpoint around a part of a
-replica intercepts. Merge does not: it runs in replica 0's thread on behalf of all, and no recomputation
-of one replica runs it again.
+replica intercepts. Merge does not: it runs in replica 0's thread for all replicas, and a recomputation of one
+replica does not run it again.
 
-Where nothing intercepts what is saved, `one_node` does the same with a single node.
+If nothing intercepts the saved tensors, `one_node` does the same with a single node.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from syncbn_core._kernels.protocol import InputGradient, Reduction
 from syncbn_core._kernels.statistics import merge_dtype
 from syncbn_core._kernels.streams import across
 
-# Autograd wants a gradient in the shape of what it is the gradient of. Gather hands two vectors to Merge and
-# gets five back: mean, invstd, weight, and the means of dy and of dy * (x - mean).
+# Autograd requires a gradient to have the shape of its tensor. Gather passes two vectors to Merge and gets
+# five back: mean, invstd, weight, and the means of dy and of dy * (x - mean).
 _ROWS = 5
 
 
@@ -63,12 +63,12 @@ def gather(x: Tensor, eps: float, name: str) -> tuple[Tensor, Tensor]:
 
 
 def merge(parts: Sequence[Tensor], counts: Sequence[int], how: Reduction) -> tuple[Tensor, ...]:
-    """Return what to normalize with, for each replica: where data is reduced.
+    """Return the statistics to normalize with, for each replica: where data is reduced.
 
     Args:
         parts: the statistics of each replica, in rank order, on its own device.
         counts: the number of samples of each replica.
-        how: the layer's part.
+        how: the layer's options for the reduction.
 
     Returns:
         mean and invstd of the whole batch, ``(2, C)``, for each replica on its own device.
@@ -101,7 +101,7 @@ def apply(x: Tensor, agreed: Tensor, weight: Tensor | None, bias: Tensor | None,
 def _statistics(x: Tensor, eps: float) -> Tensor:
     first, second = kernels_of(x.device).local_statistics(x, eps)
     statistics = torch.stack([first, *[second] * (_ROWS - 1)])
-    # On accelerators they are of the dtype that the merge kernel wants.
+    # On accelerators they have the dtype that the merge kernel needs.
     return statistics.to(merge_dtype(x.device)) if x.device.type in ("cpu", "mps") else statistics
 
 
@@ -139,16 +139,16 @@ class _Merge(Function):
         home = parts[0].device
         moved = [_pair(part, home) for part in parts]
         whole = kernels_of(home).merge(moved, counts, how)
-        # Not `how` itself: a graph that held the layer could hold itself.
+        # Not `how` itself: it holds the layer, and so a reference cycle through the graph would be possible.
         ctx.where, ctx.processes, ctx.chain = how.name, how.processes, how.chain
         ctx.is_running = how.is_running
         ctx.whole, ctx.devices = whole, [part.device for part in parts]
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        # A copy, because nobody tells whether the weight is changed in place before the backward.
+        # A copy, because the weight may be changed in place before the backward, and nothing reports that.
         ctx.weight = None if weight is None else weight.detach().clone()
         ctx.set_materialize_grads(False)
         agreed = torch.stack([whole.mean, whole.invstd])
-        # An output for each, even of the same storage, so that each replica's sums come back on their own.
+        # One output for each replica, even with the same storage, so that the sums come back separately.
         return tuple(agreed.detach().to(device, non_blocking=True) for device in ctx.devices)
 
     @staticmethod
@@ -162,7 +162,7 @@ class _Merge(Function):
         dweight = dbias = None
         wanted: list[Tensor | None] = [None] * len(sums)
         with torch.no_grad(), across(home, ctx.devices):
-            # In rank order, whatever the order in which autograd came by.
+            # In rank order, whatever the order in which autograd ran the nodes.
             parts = [_pair(part, home) for part in sums if part is not None]
             reduced = reduce_gradients(parts, whole, ctx.processes)
             if reduced is not None:
@@ -176,7 +176,7 @@ class _Merge(Function):
                     vectors.to(device, non_blocking=True) if needed else None
                     for device, needed in zip(ctx.devices, need_parts)
                 ]
-        needing = torch.empty(0, requires_grad=need_weight)  # a second derivative can be that by the weight
+        needing = torch.empty(0, requires_grad=need_weight)  # for a second derivative by the weight
         dweight, dbias, *wanted = refuse_second_derivative(
             ctx.where, [dweight, dbias, *wanted], [*sums, needing]
         )
@@ -204,8 +204,8 @@ class _Apply(Function):
     ) -> Tensor:
         ctx.where = name
         ctx.save_for_backward(x, agreed)
-        # Kept besides, because a checkpoint drops what is saved: the next Merge is chained to this one, and a
-        # recomputation returns to it.
+        # Also kept here, because a checkpoint drops saved tensors: the next Merge is chained to this one, and
+        # a recomputation uses it again.
         ctx.agreed = agreed
         ctx.set_materialize_grads(False)
         mean, invstd = agreed.unbind()

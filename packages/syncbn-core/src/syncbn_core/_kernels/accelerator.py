@@ -1,8 +1,8 @@
 """The kernels of accelerators: cuda, xpu, hpu and devices of torch's PrivateUse1 slot.
 
-What costs here is the launch of a kernel, and a wait of the host for a device is worse. So every function
-launches as few kernels as it can, and none reads a device's memory on the host. torch's merge kernel merges
-the statistics of all replicas, moves the running statistics and needs one launch for that.
+The cost here is kernel launches; it is even worse if the host waits for a device. So every function launches
+as few kernels as it can, and none reads a device's memory on the host. torch's merge kernel merges the
+statistics of all replicas and updates the running statistics in one launch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from syncbn_core._kernels.statistics import (
 )
 from syncbn_core._kernels.streams import current_stream, is_capturing
 
-# torch's merge kernel divides by a running count, so a first count of 0 makes a NaN. A batch of this many
-# samples leaves no trace.
+# torch's merge kernel divides by a running count, so a first count of 0 gives NaN. A count this small has no
+# effect on the result.
 _NOTHING = 1e-30
 
-# The largest count that one element of an int32 tensor is given.
+# The largest count that one element of an int32 tensor gets.
 _MAX_COUNT = 2**30
 
 
@@ -57,7 +57,7 @@ class AcceleratorKernels:
         return mean, invstd
 
     def merge(self, parts: Sequence[Statistics], counts: Sequence[int], how: Reduction) -> WholeBatch:
-        """Merge in the dtype of the arithmetic, to which the parts are rounded already."""
+        """Merge in the dtype of the arithmetic; the parts have been rounded to it already."""
         count = sum(counts)
         if how.processes is None:
             check_total(count, how.name)
@@ -127,9 +127,9 @@ def _merged(
     eps: float,
     counts: Tensor,
 ) -> Statistics:
-    """Merge ``(R, C)`` means and invstds of ``(R,)`` counts, and move the running statistics."""
+    """Merge ``(R, C)`` means and invstds of ``(R,)`` counts, and update the running statistics."""
     running_mean, running_var = running or (None, None)
-    # Of its first argument the kernel reads the dtype, which has to be that of the counts.
+    # The kernel reads only the dtype of its first argument, which has to be that of the counts.
     mean, invstd = torch.batch_norm_gather_stats_with_counts(
         means, means, invstds, running_mean, running_var, momentum, eps, counts
     )
@@ -137,14 +137,14 @@ def _merged(
 
 
 def _finish(means: Tensor, invstds: Tensor, counts: Tensor, count: int | None, how: Reduction) -> WholeBatch:
-    """Merge the last time.
+    """Do the last merge.
 
     Args:
         means: ``(R, C)``, of replicas or processes.
         invstds: ``(R, C)``.
         counts: ``(R,)``, in the dtype of the arithmetic.
         count: their sum, where the host knows it.
-        how: the layer's part.
+        how: the layer's options for the reduction.
     """
     number: int | Tensor = counts.to(torch.int32) if count is None else count
     running = how.running
@@ -166,7 +166,7 @@ def _finish(means: Tensor, invstds: Tensor, counts: Tensor, count: int | None, h
 
 
 def _fits(running: RunningStatistics | None, dtype: torch.dtype) -> bool:
-    """Whether the merge kernel can move these running statistics."""
+    """Whether the merge kernel can update these running statistics."""
     if running is None:
         return True
     return running.momentum is not None and running.mean.dtype == running.var.dtype == dtype
@@ -189,10 +189,10 @@ def _summed(
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the values as a tensor, a 0 as `_NOTHING` where the dtype has it; not to be changed in place.
+    """Return the values as a tensor, with `_NOTHING` for 0 if the dtype has it; do not change it in place.
 
-    It is kept for the next call. It is a tensor of the current stream, so each stream has its own; and a
-    CUDA graph gets a new one, since what is made during a capture belongs to that graph.
+    The tensor is kept for the next call. It belongs to the current stream, so each stream has its own. A CUDA
+    graph gets a new one, since a tensor that is made during a capture belongs to that graph.
     """
     kept = tuple(values)
     if is_capturing(device):
@@ -203,7 +203,7 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
 def _new_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if dtype.is_floating_point:
         values = tuple(value or _NOTHING for value in values)
-    # Written by the device: for a copy of host memory, the host would wait.
+    # Written by the device: the host would wait for a copy of host memory.
     if len(set(values)) == 1:
         return torch.full((len(values),), values[0], dtype=dtype, device=device)
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

@@ -23,11 +23,11 @@ from syncbn_core._kernels.statistics import (
 # of m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
 _SHIFT_ABOVE = 10.0
 
-# A tensor of more elements does not fit into a cache. It is better not read twice; and if a second pass
-# follows on the result of a first, both are better made in parts of this size.
+# A tensor of more elements does not fit into a cache, so it should be read only once. If a second pass needs
+# the result of a first one, both run on parts of this size.
 _IN_CACHE = 2**21
 
-# Of a tensor of up to so many elements, a pass takes no longer than calls on vectors do.
+# For a tensor of up to this many elements, a pass takes no longer than calls on vectors.
 _FEW = 2**15
 
 _forward_out = torch.ops.aten.native_batch_norm.out
@@ -41,7 +41,7 @@ class CpuKernels:
     normalizes_in_replicas = True
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """Return ``x``: every layout will do."""
+        """Return ``x``: every layout works."""
         return x
 
     def local_statistics(self, x: Tensor, eps: float) -> Statistics:
@@ -59,7 +59,7 @@ class CpuKernels:
         if len(parts) == 1:
             mean, m2 = parts[0]
         elif how.processes is None and len(set(counts)) == 1 and all(m.dtype == how.dtype for m, _ in parts):
-            # The usual case, in few calls: all replicas wait for them.
+            # The usual case, in few calls, because all replicas wait for them.
             means, m2s = zip(*parts)
             var, mean = torch.var_mean(torch.stack(means), 0, correction=0)
             m2 = torch.stack(m2s).sum(0).add_(var, alpha=count)
@@ -96,7 +96,7 @@ class CpuKernels:
         is_half = x.dtype != scale.dtype
         if not is_half and (x.numel() <= _IN_CACHE or not x.is_contiguous()):
             return affine(x, mean, slope, shift).addcmul_(dy, scale)
-        # A few samples after the other, while a cache holds them. Of halves, the sum is rounded once.
+        # A few samples at a time, while a cache holds them. For half inputs, the sum is rounded only once.
         dx = torch.empty_like(x)
         samples = max(1, _IN_CACHE * len(x) // x.numel())
         for dy_part, x_part, dx_part in zip(*(torch.split(each, samples) for each in (dy, x, dx))):
@@ -111,7 +111,7 @@ class CpuKernels:
 def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return mean and m2 of a batch of ``count`` samples per channel, at least 1.
 
-    Their dtype is that of the arithmetic, or float64 where that does not have enough digits.
+    Their dtype is that of the arithmetic, or float64 if that does not have enough digits.
     """
     dtype = compute_dtype(x.dtype)
     if x.dtype == dtype and x.is_contiguous() and x.numel() > _FEW:
@@ -121,12 +121,13 @@ def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         mean = sum_over_batch(x).div_(count)
         m2 = gradient_sums(x, x, mean)[1]
     else:
-        # Half inputs get statistics in float32 only if there are running statistics in float32.
+        # The kernel returns float32 statistics of half inputs only if there are running statistics in
+        # float32.
         running = None if x.dtype == dtype else torch.zeros(x.shape[1], dtype=dtype)
         mean, var = torch.batch_norm_update_stats(x, running, running, 0.0)
         m2 = var.mul_(count)
     if _is_far(mean, m2, count):
-        # Not the mean found above: on channels_last it may itself be far off.
+        # Not the mean from above: on channels_last it may be inaccurate.
         shift = sum_over_batch(x.to(dtype)) / count
         deviation = x.to(dtype) - unsqueeze_channels(shift, x)
         rest, m2 = gradient_sums(deviation, deviation, torch.zeros_like(shift))
@@ -142,16 +143,16 @@ def _is_far(mean: Tensor, m2: Tensor, count: int) -> bool:
 
 
 def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return mean and m2 from sums around the first sample's mean; None where that is too far from the mean.
+    """Return mean and m2 from sums around the first sample's mean; None if that is too far from the mean.
 
-    This is for inputs that do not fit into a cache. From a cache, a second pass costs little.
+    This is for inputs that do not fit into a cache. A second pass over a cache costs little.
     """
     center = sum_over_batch(x[:1]).mul_(len(x) / count)
     total, sum_of_products = gradient_sums(x, x, center)  # of x * (x - center)
     mean = total / count
     excess = (mean - center).mul_(total)
     m2 = sum_of_products - excess
-    # How many digits m2 has lost to the mean, and to this difference.
+    # The digits that m2 has lost to the mean, and to this difference.
     return None if _is_far(mean, m2 - excess.abs_(), count) else (mean, m2)
 
 
@@ -163,7 +164,7 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, out: Te
         mean: ``(C,)``.
         scale: ``(C,)``.
         shift: ``(C,)``, or None for 0.
-        out: where to write the result, if it is not to be a new tensor.
+        out: the tensor for the result; None makes a new one.
     """
     if out is None:
         out = torch.empty_like(x)
@@ -174,7 +175,7 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, out: Te
             torch.native_batch_norm(x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
         )
     if x.numel() > _FEW and x.dtype == scale.dtype and not x.is_contiguous():
-        # Faster than a batch norm where the channels of a sample lie side by side.
+        # Faster than a batch norm if the channels of a sample are adjacent in memory.
         constant = -mean * scale if shift is None else torch.addcmul(shift, mean, scale, value=-1)
         constant, scale = unsqueeze_channels(constant, x), unsqueeze_channels(scale, x)
         return torch.addcmul(constant, x, scale, out=out)
@@ -189,12 +190,12 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
     These are the gradients of bias and weight of a batch norm in evaluation mode with a variance of 1.
     """
-    if x.numel() == 0:  # the kernel divides by the number of samples, and would end the process
+    if x.numel() == 0:  # the kernel divides by the number of samples, which would end the process
         return torch.zeros_like(mean), torch.zeros_like(mean)
     var = torch.ones_like(mean)
     _, sum_dy_xmu, sum_dy = _backward(dy, x, None, mean, var, None, None, False, 0.0, [False, True, True])
     if dy.dtype != mean.dtype and not (dy.stride() == x.stride() and is_dense(x)):
-        # Of halves in other layouts this kernel rounds the sum to a half.
+        # For half inputs in other layouts, this kernel rounds the sum to half precision.
         sum_dy = sum_over_batch(dy.to(mean.dtype))
     return sum_dy, sum_dy_xmu
 
@@ -202,7 +203,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 def train_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Normalize a batch that is all in one place, in training.
+    """Normalize a batch that is in one tensor, in training.
 
     Args:
         x: ``(N, C, *)``, at least 2 samples per channel.
@@ -212,11 +213,11 @@ def train_forward(
 
     Returns:
         y; mean, unbiased variance and ``1 / sqrt(biased variance + eps)``, ``(C,)`` each in the dtype of the
-        arithmetic. None if a mean is so far from 0 that these need more digits.
+        arithmetic. None if a mean is so far from 0 that they need more digits.
     """
     dtype = compute_dtype(x.dtype)
-    # torch's own kernel takes the statistics of a contiguous batch in one thread, 1.6 ns per element. For few
-    # elements that is less than the calls that it saves.
+    # torch's own kernel computes the statistics of a contiguous batch in one thread, 1.6 ns per element. For
+    # few elements this takes less time than the calls that it saves.
     if x.dtype != dtype or not x.is_contiguous() or x.numel() <= _FEW:
         mean, unbiased_var = torch.zeros(2, x.shape[1], dtype=dtype).unbind()
         y, _, invstd = torch.native_batch_norm(x, weight, bias, mean, unbiased_var, True, 1.0, eps)
@@ -233,7 +234,7 @@ def train_forward(
 def train_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, whole: WholeBatch, eps: float, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dx, dweight and dbias of what `train_forward` has computed, those of them that are wanted."""
+    """Return dx, dweight and dbias, each if it is wanted, of the result of `train_forward`."""
     mean, invstd, *_ = whole
     dx, dweight, dbias = _backward(dy, x, weight, None, None, mean, invstd, True, eps, list(wanted))
     return dx, dweight, dbias

@@ -18,15 +18,16 @@ def is_dense(x: Tensor) -> bool:
 def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
     """Return ``dy`` with the strides of ``x``: itself, or a copy.
 
-    The kernels of accelerators read both tensors by one layout. On the CPU, those for halves are exact only
-    then.
+    The kernels of accelerators read both tensors by one layout. On the CPU, the kernels for half inputs are
+    exact only if the layouts are equal.
     """
     return dy if dy.stride() == x.stride() else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
 def is_batched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``)."""
-    # Private to torch, which has no public way to ask. Autograd still makes the tensors of its first vmap.
+    # Private to torch, which has no public function for this. Autograd still makes the tensors of its first
+    # vmap.
     functorch = torch._C._functorch
     kinds = (functorch.is_legacy_batchedtensor, functorch.is_batchedtensor)
     return any(t is not None and any(is_kind(t) for is_kind in kinds) for t in tensors)

@@ -1,6 +1,6 @@
 """The kernels by plain operations, for devices without kernels of their own: the specification of the others.
 
-All of them are pure functions, without a change in place, so they also run under ``torch.vmap``.
+All of them are pure functions without in-place changes, so they also run under ``torch.vmap``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PlainKernels:
     normalizes_in_replicas = False
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """Return ``x``: every layout will do."""
+        """Return ``x``: every layout works."""
         return x
 
     def local_statistics(self, x: Tensor, eps: float) -> Statistics:

@@ -1,4 +1,4 @@
-"""What a kind of device has to compute, and what its kernels exchange.
+"""The protocol of the kernels: what each kind of device has to compute, and in which form.
 
 ::
 
@@ -21,7 +21,7 @@ Statistics = tuple[Tensor, Tensor]
 """The statistics of one replica's batch, ``(C,)`` each: mean and m2, or, on accelerators, mean and invstd."""
 
 Finish = Callable[[Tensor, Tensor, "int | Tensor"], tuple[Tensor, Tensor]]
-"""(mean, m2, count) of the whole batch -> (mean, invstd) to normalize with; moves the running statistics."""
+"""(mean, m2, count) of the whole batch -> (mean, invstd) to normalize with; updates running statistics."""
 
 
 class WholeBatch(NamedTuple):
@@ -44,7 +44,7 @@ class WholeBatch(NamedTuple):
     is_floor: Tensor | None = None
 
     def spread(self, devices: Iterable[torch.device]) -> dict[torch.device, WholeBatch]:
-        """Return what the passes over a batch read of this, for every device."""
+        """Return, for every device, the part of this that the passes over a batch read."""
         found = {self.mean.device: self}
         away = [device for device in dict.fromkeys(devices) if device not in found]
         if away:
@@ -59,7 +59,7 @@ class WholeBatch(NamedTuple):
 
 
 class RunningStatistics(NamedTuple):
-    """The running statistics of a layer, which are moved in place.
+    """The running statistics of a layer, which are updated in place.
 
     Attributes:
         mean: ``(C,)``.
@@ -74,7 +74,7 @@ class RunningStatistics(NamedTuple):
     momentum: float | None
 
     def tensors(self) -> list[Tensor]:
-        """Return what is moved."""
+        """Return the tensors that are updated."""
         return [t for t in (self.mean, self.var, self.num_batches_tracked) if t is not None]
 
 
@@ -106,8 +106,8 @@ class Reduction(NamedTuple):
         eps: added to the variance, or its floor.
         clamps: whether eps is a floor.
         finish: the layer's own last step.
-        move: the part of it that moves the running statistics, given mean and unbiased variance.
-        is_standard: whether ``finish`` does what torch's own layer does, so that a kernel may do it instead.
+        move: the part of it that updates the running statistics, given mean and unbiased variance.
+        is_standard: whether ``finish`` does the same as torch's own layer, so that a kernel may replace it.
         running: the running statistics; None for none.
         processes: the processes to merge with; None for this one alone.
         chain: where there are several processes, the order of their collectives in the backward.
@@ -136,10 +136,10 @@ class Kernels(Protocol):
     """The passes over the batch on one kind of device. None of them reads a device's memory on the host."""
 
     joins_small_batches: bool
-    """Whether the master had better normalize small batches of several replicas as one batch."""
+    """Whether the master should normalize small batches of several replicas as one batch."""
 
     normalizes_in_replicas: bool
-    """Whether each replica's own thread had better write that replica's output."""
+    """Whether each replica's own thread should write that replica's output."""
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Return ``x``, or a differentiable copy of it if the kernels cannot read its layout."""
@@ -148,11 +148,11 @@ class Kernels(Protocol):
         """Return the statistics of one replica's batch, ``(N, C, *)``; N may be 0."""
 
     def merge(self, parts: Sequence[Statistics], counts: Sequence[int], how: Reduction) -> WholeBatch:
-        """Merge the statistics of all replicas, which are on one device, and move the running statistics.
+        """Merge the statistics of all replicas, which are on one device, and update the running statistics.
 
         Raises:
             ValueError: there is one sample per channel in all replicas and processes together.
-            BrokenSyncError: another process failed or did not come.
+            BrokenSyncError: another process failed or did not arrive.
         """
 
     def normalize(
@@ -174,9 +174,9 @@ class Kernels(Protocol):
 
 
 class InputGradient(NamedTuple):
-    """What ``input_gradient`` needs beside ``dy`` and ``x``, on their device.
+    """What ``input_gradient`` needs in addition to ``dy`` and ``x``, on their device.
 
-    With n for the total count, every replica's gradient is ::
+    The gradient of each replica, with n as the total count, is ::
 
         dx = weight * invstd * (dy - sum_dy / n - (x - mean) * invstd**2 * sum_dy_xmu / n)
 

@@ -4,8 +4,8 @@ Everything here is differentiable and runs on any device. It is the specificatio
 tested against, and the code of the composite path (``fused=False``).
 
 The statistics of a batch are its ``mean`` and its ``m2``, the sum of squared deviations from the mean;
-``m2 / count`` is the biased variance. The count is a number that the host knows, or, of several processes, a
-tensor.
+``m2 / count`` is the biased variance. The count is a number that the host knows, or, over several processes,
+a tensor.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def merge_dtype(device: torch.device) -> torch.dtype:
 def local_statistics(x: Tensor) -> Statistics:
     """Return the statistics of one replica's batch.
 
-    The sums are taken of ``x - shift``, where the shift is a rounded mean. So neither the rounding of the
-    mean nor a mean far from 0 costs digits, as it would in the mean of squares minus the squared mean.
+    The sums are those of ``x - shift``, where the shift is a rounded mean. So no digits are lost, neither to
+    the rounding of the mean nor to a mean far from 0, unlike in the mean of squares minus the squared mean.
 
     Args:
         x: ``(N, C, *)``; N may be 0.
@@ -108,7 +108,7 @@ def merge_statistics(parts: Sequence[Statistics], counts: Sequence[int]) -> Stat
 
     Args:
         parts: mean and m2 of each batch, ``(C,)`` each, all on one device.
-        counts: how many samples are behind each. A batch of none changes nothing.
+        counts: the number of samples of each. An empty batch changes nothing.
 
     Returns:
         mean and m2 of the union, ``(C,)`` each; 0 where every part is empty.
@@ -148,15 +148,15 @@ def merge_stacked(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, T
 
 @contextmanager
 def counted_by_devices(count: int | Tensor, own_count: int, how: Reduction) -> Iterator[None]:
-    """Check a count that only the devices know, without a wait of the host.
+    """Check a count that only the devices know; the host does not wait.
 
-    Where this process has two samples, that is enough. Where it has one, the devices assert that there are
-    more. Where it has none, all processes may have none: then the running statistics stay what they are.
+    If this process has two samples, no check is needed. If it has one, the devices assert that there are
+    more. If it has none, all processes may have none: then the running statistics stay as they are.
 
     Args:
-        count: of the samples of all processes, ``(1,)`` or ``()``; nothing is done for a number.
+        count: the number of samples of all processes, ``(1,)`` or ``()``; a number is not checked.
         own_count: the number of samples of the replicas of this process.
-        how: the layer's part.
+        how: the layer's options for the reduction.
     """
     if not isinstance(count, Tensor) or own_count > 1:
         yield
@@ -171,14 +171,14 @@ def counted_by_devices(count: int | Tensor, own_count: int, how: Reduction) -> I
 
 
 def whole_batch(mean: Tensor, m2: Tensor, count: int | Tensor, own_count: int, how: Reduction) -> WholeBatch:
-    """Turn merged statistics into what to normalize with, and move the running statistics.
+    """Turn merged statistics into those to normalize with, and update the running statistics.
 
     Args:
         mean: ``(C,)``, of all replicas of all processes.
         m2: ``(C,)``, of all replicas of all processes.
         count: their number of samples.
         own_count: the number of samples of the replicas of this process.
-        how: the layer's part.
+        how: the layer's options for the reduction.
     """
     dtype = how.dtype
     if isinstance(count, int) or count.is_cpu:

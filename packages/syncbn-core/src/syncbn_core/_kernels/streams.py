@@ -1,8 +1,8 @@
 """The streams of accelerators, where replicas use several.
 
-Each thread has a current stream for each device. A replica launches its kernels on its own thread's streams.
-Replica 0's thread works on the tensors of all replicas, on its own streams. ``syncbn_parallel`` gives all
-threads the caller's streams, so there is nothing to do. Elsewhere events order the streams.
+Each thread has a current stream for each device. A replica launches its kernels on the streams of its thread.
+The thread of replica 0 works on the tensors of all replicas, on its own streams. ``syncbn_parallel`` gives
+all threads the caller's streams, so there is nothing to order. Otherwise events order the streams.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch.accelerator is there from version 2.6 on.
+# torch.accelerator exists from version 2.6 on.
 _streams: Any = getattr(torch, "accelerator", torch.cuda)
 
 
@@ -48,10 +48,10 @@ def wait_for(stream: Any) -> Any:
 
 @contextmanager
 def ordered(streams: Sequence[Any]) -> Iterator[list[Any]]:
-    """Order this thread's streams after those of the replicas, and afterwards these after this thread's.
+    """Order this thread's streams after the replicas' streams, and at the end of the block the reverse.
 
     Yields:
-        For each replica's stream: this thread's stream for the same device, if it is another one; else None.
+        For each replica's stream, this thread's stream for the same device, or None if they are the same.
     """
     own = [wait_for(stream) for stream in streams]
     yield own
@@ -61,7 +61,7 @@ def ordered(streams: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def keep_for(tensor: Tensor, stream: Any) -> None:
-    """Keep the memory of ``tensor`` until ``stream``, another one than its own, has used it."""
+    """Keep the memory of ``tensor`` until ``stream``, which is not its own stream, has used it."""
     if tensor.numel():
         tensor.record_stream(stream)
 
@@ -70,8 +70,8 @@ def keep_for(tensor: Tensor, stream: Any) -> None:
 def across(home: torch.device, devices: Sequence[torch.device]) -> Iterator[None]:
     """Order the streams of all devices for the backward of a node that works on several.
 
-    Autograd orders gradients, those on other devices too, by the stream of the node's own device alone: what
-    comes in is ready there, and what goes out has to be.
+    Autograd orders all gradients, also those on other devices, by the stream of the node's own device:
+    incoming gradients are ready on that stream, and outgoing ones have to be.
     """
     own = current_stream(home)
     others = [] if own is None else [current_stream(d) for d in dict.fromkeys(devices) if d != home]
