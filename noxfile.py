@@ -31,7 +31,7 @@ PACKAGE_TESTS = tuple(f"packages/syncbn-{package}/tests" for package in LAYERS)
 ALL_TESTS = (*PACKAGE_TESTS, "tests")
 TEST_TOOLS = ("pytest", "hypothesis", "ninja")  # ninja builds the simulated accelerator
 DEMO_TOOLS = ("scikit-learn", "tqdm", "matplotlib")
-DOCS_TOOLS = ("mkdocs", "mkdocs-material", "mkdocstrings[python]")
+DOCS_TOOLS = ("mkdocs", "mkdocs-material", "mkdocstrings[python]", "ruff")  # ruff breaks long signatures
 # What a newer release of the libraries brings; not pinned to what the other sessions test.
 NEWEST = ("torch==2.14.1", "torchvision==0.29.1", "timm")
 

@@ -1,9 +1,9 @@
 """accelerate, which wraps the model in DistributedDataParallel: convert the model before ``prepare``.
 
-Needs: ``pip install accelerate`` beside torch and syncbn-convert.
+Needs: ``pip install accelerate``, besides torch and syncbn-convert.
 
-Start it by ``torchrun --nproc-per-node 2 examples/accelerate_ddp.py``. Each process trains on its half of
-each batch, and the model ends where the whole batch leads.
+Start it with ``torchrun --nproc-per-node 2 examples/accelerate_ddp.py``. Each process trains on its half of
+each batch. The program checks that the weights equal those of a training on the whole batches.
 """
 
 import copy

@@ -1,14 +1,13 @@
-"""Two losses that need all replicas, built on nothing but syncbn-comm and a replication callback.
+"""Two losses over all replicas, built on syncbn-comm and a replication callback.
 
 Needs: torch, syncbn-comm and syncbn-parallel, and nothing else.
 
-- A focal loss is divided by the number of positives. Of the positives in the *whole* batch: the examples of a
-  replica that has none of them, or few, would otherwise count for too much.
-- A contrastive loss compares every embedding with those of the *whole* batch. With a few samples per replica
-  there is little else to compare with.
+- A focal loss is divided by the number of positives in the *whole* batch. Otherwise the examples of a replica
+  with few or no positives would count too much.
+- A contrastive loss compares every embedding with those of the *whole* batch. The few samples of one replica
+  are not enough to compare with.
 
-Both are computed where the embeddings are, in the replicas, and come out as for one large batch, with the
-same gradients.
+Both are computed in the replicas. The losses and their gradients equal those of one large batch.
 """
 
 from collections.abc import Callable
@@ -23,16 +22,16 @@ from syncbn_parallel import CallbackContext, DataParallelWithCallback
 class AcrossReplicas(nn.Module):
     """A module that can ask its copies in the other replicas."""
 
-    replica = None  # this copy's member of the forward's group; None where the model runs alone
+    replica = None  # this copy's member of the forward's group; None if the model runs without replicas
     where = ""  # the module's name in the model, for error messages
 
     def __data_parallel_replicate__(self, ctx: CallbackContext, copy_id: int) -> None:
-        """Remember, in this copy alone, which replica it is."""
+        """Remember, in this copy only, which replica it is."""
         self.replica = ctx.group.member(copy_id)
         self.where = ctx.name
 
     def total(self, x: Tensor) -> Tensor:
-        """Add up the x of all replicas."""
+        """Return the sum of the x of all replicas."""
         if self.replica is None:
             return x
         return self.replica.all_reduce(x, lambda a, b: a + b.to(a.device), where=self.where).to(x.device)
@@ -56,7 +55,7 @@ class FocalLoss(AcrossReplicas):
     """Binary focal loss: this replica's share of the sum over the batch, divided by all positives.
 
     Args:
-        gamma: how strongly examples that are classified well already are discounted.
+        gamma: how much less well-classified examples count.
 
     Shape:
         scores and targets: (N, *), the targets 0 or 1; the result: (). The results of all replicas add up to
@@ -79,7 +78,7 @@ class FocalLoss(AcrossReplicas):
 
 
 class ContrastiveLoss(AcrossReplicas):
-    """Tell the partner of every embedding from all other embeddings of the batch.
+    """Distinguish the partner of every embedding from all other embeddings of the batch.
 
     Args:
         temperature: what similarities are divided by.
@@ -107,7 +106,7 @@ class ContrastiveLoss(AcrossReplicas):
 
 
 class Detector(nn.Module):
-    """A stand-in for a network that finds things, with its loss inside, where the replicas are."""
+    """A stand-in for a detection network, with its loss inside, so that the loss runs in the replicas."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +119,7 @@ class Detector(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stand-in for a network that embeds two views of one thing, with its loss inside."""
+    """A stand-in for a network that embeds two views of an object, with its loss inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +140,7 @@ def loss_and_gradient(model: nn.Module, compute: Callable[[], Tensor]) -> tuple[
 
 
 def compare(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    """Print the loss of the whole batch beside those of four replicas, together and each for itself."""
+    """Print the loss of the whole batch, and those of four replicas, together and each for itself."""
     replicas = DataParallelWithCallback(model, device_ids=["cpu"] * 4)
     shares = list(zip(*(tensor.chunk(4) for tensor in batch), strict=True))
     ways: dict[str, Callable[[], Tensor]] = {

@@ -1,6 +1,6 @@
 """Segment handwritten digits three ways, and see what synchronized batch normalization changes.
 
-Needs: ``pip install scikit-learn matplotlib tqdm`` beside torch, syncbn-convert and syncbn-parallel.
+Needs: ``pip install scikit-learn matplotlib tqdm``, besides torch, syncbn-convert and syncbn-parallel.
 
 Each scene shows one digit in three handwritings on a piece of a photograph, and the network says for each
 pixel which digit it belongs to, if any. Digits and photographs are those that scikit-learn ships. The same
@@ -10,12 +10,12 @@ small U-Net starts three times from the same weights and sees the same batches o
 - unsynchronized: 8 replicas of one scene each, and each replica normalizes by its own scene;
 - synchronized: the same replicas after ``convert_model``.
 
-All three are evaluated as models are used: alone, by their running statistics, on scenes made of digits and
-of parts of photographs that the training has not seen. The unsynchronized run reaches the same training
-loss as the others, by statistics of single scenes that the evaluation does not have. The runs compute in
-float64. In float32 (``--dtype float32``) two ways to add the same numbers differ in the seventh digit, and
-hundreds of training steps amplify the difference, whatever did the addition. In float64 what remains
-visible is the difference between the models.
+All three are evaluated as models are used: without replicas, by their running statistics, on scenes made of
+digits and parts of photographs that the training has not seen. The unsynchronized run reaches a training loss
+as low as the others, but by the statistics of single scenes, which the evaluation does not have. The runs
+compute in float64. In float32 (``--dtype float32``), two ways to add the same numbers differ in the seventh
+digit, and hundreds of training steps amplify the difference. In float64, only the difference between the
+models is visible.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Segment handwritten digits in several processes, and see that they are one batch.
 
-Needs: ``pip install scikit-learn matplotlib tqdm`` beside torch, syncbn-convert and syncbn-parallel.
+Needs: ``pip install scikit-learn matplotlib tqdm``, besides torch, syncbn-convert and syncbn-parallel.
 
 The training of ``digits.py`` under ``torchrun``. Each process gets its share of each batch of 8 scenes:
 
@@ -9,7 +9,7 @@ The training of ``digits.py`` under ``torchrun``. Each process gets its share of
 - synchronized: the same after ``convert_model``;
 - replicas too: the same, with two replicas in each process.
 
-Start it by ``torchrun --nproc-per-node 2 examples/digits_ddp.py``. The program fails if the weights of the
+Start it with ``torchrun --nproc-per-node 2 examples/digits_ddp.py``. The program fails if the weights of the
 last two runs differ from those of the whole batch by more than 1e-8.
 """
 

@@ -1,9 +1,10 @@
 """Lightning, which wraps the model in DistributedDataParallel: a layer-sync plugin converts the model before.
 
-Needs: ``pip install pytorch-lightning`` beside torch and syncbn-convert.
+Needs: ``pip install pytorch-lightning``, besides torch and syncbn-convert.
 
-The batch norm of two processes sees both halves of each batch, and the model ends where one process ends
-that trains on the whole batches. Without the plugin, ``Classifier(convert_model(net))`` does the same.
+The batch norm layers of two processes use both halves of each batch. The program checks that the weights
+equal those of one process that trains on the whole batches. ``Classifier(convert_model(net))`` without the
+plugin does the same.
 """
 
 import copy

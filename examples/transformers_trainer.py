@@ -1,11 +1,11 @@
-"""transformers.Trainer, which puts the model into nn.DataParallel by itself: convert the model before.
+"""transformers.Trainer, which wraps the model in nn.DataParallel: convert the model before.
 
-Needs: ``pip install transformers accelerate`` beside torch and syncbn-convert.
+Needs: ``pip install transformers accelerate``, besides torch and syncbn-convert.
 
-On a machine with several GPUs, ``Trainer(convert_model(model), ...)`` is all there is to write: the
-converted layers synchronize in the ``nn.DataParallel`` that Trainer makes. This program has no GPUs to use,
-so it makes four replicas on the CPU in the same place (``_wrap_model``), and shows that the model ends
-where the whole batch leads.
+On a machine with several GPUs, write ``Trainer(convert_model(model), ...)``: the converted layers synchronize
+in the ``nn.DataParallel`` that Trainer makes. This program also runs without GPUs: it makes four replicas on
+the CPU at the same place (``_wrap_model``), and checks that the weights equal those of a training on the
+whole batches.
 """
 
 import copy

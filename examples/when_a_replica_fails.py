@@ -1,9 +1,9 @@
-"""Three ways in which replicas fail, and what a user sees: at once, an error that says who, where and why.
+"""Three ways in which replicas fail, and the errors that users get at once: which replica, where, and why.
 
 Needs: torch, syncbn-convert and syncbn-parallel, and nothing else.
 
-In each case one of four replicas gets black images and, because of them, does something else than the others.
-Those wait for it in a batch normalization, and without help they would wait for ever.
+In each case, one of four replicas gets black images and therefore does something else than the others. The
+others wait for it in a batch normalization. Without these errors they would wait forever.
 """
 
 import traceback
@@ -18,12 +18,12 @@ BLACK_REPLICA = 2
 
 
 def is_black(images: Tensor) -> bool:
-    """Tell whether there is nothing to be seen."""
+    """Tell whether all pixels are 0."""
     return bool(images.amax() == 0)
 
 
 class TwoNorms(nn.Module):
-    """What the models below are made of."""
+    """The layers of the models below."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class TwoNorms(nn.Module):
 
 
 class Raises(TwoNorms):
-    """A model that refuses some images, half way through."""
+    """A model that raises an error for some images."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) to the same shape."""
@@ -62,7 +62,7 @@ class Swaps(TwoNorms):
 
 
 def show(kind: type[TwoNorms]) -> None:
-    """Let one replica go wrong, print what the user sees, and go on training."""
+    """Let one replica fail, print the error that the user gets, and continue training."""
     model = DataParallelWithCallback(convert_model(kind()), device_ids=["cpu"] * 4)
     images = torch.rand(8, 3, 4, 4)
     images_with_black = images.clone()

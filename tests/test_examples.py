@@ -35,7 +35,7 @@ def test_the_synchronized_run_on_digits_follows_the_whole_batch_and_the_other_do
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_an_example_says_what_it_needs_and_stands_in_the_table_of_examples(path):
+def test_an_example_says_what_it_needs_and_is_in_the_table_of_examples(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("Needs: ") for line in lines[:4])
     assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

@@ -29,12 +29,12 @@ class ReportRow:
     """One module in a ``Report``.
 
     Attributes:
-        name: the qualified name in the model; '' for the model itself.
+        name: the qualified name in the model; empty for the model itself.
         class_name: the name of its present class.
-        num_features: C; None if the module has no such attribute.
+        num_features: the number of channels; None if the module has no such attribute.
         outcome: what convert_model makes of it, or why it leaves it as it is.
         synchronizes_over: the replicas and processes whose batches make the statistics after the conversion;
-            '' for a module that does not synchronize.
+            empty for a module that does not synchronize.
     """
 
     name: str

@@ -28,7 +28,7 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Args:
-        num_features: C, at least 1.
+        num_features: the number of channels C, at least 1.
         eps: added to the variance, or its floor (see ``eps_mode``).
         momentum: the weight of the new batch in the running statistics; None for their cumulative average.
         affine: whether the layer has a weight and a bias, ``(C,)`` each.

@@ -12,7 +12,7 @@ class BatchNorm2dReimpl(nn.Module):
     """Batch norm over ``(N, C, H, W)`` in plain operations, to read and to test against.
 
     Args:
-        num_features: C.
+        num_features: the number of channels C.
         eps: added to the variance.
         momentum: the weight of the new batch in the running statistics.
 
