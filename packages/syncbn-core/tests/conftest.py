@@ -1,4 +1,4 @@
-"""Replicas on plain threads, all that these tests need of a wrapper; and the whole batch to compare with."""
+"""Replicas on plain threads, without a wrapper, and the whole batch to compare with."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def run_threads(work: Callable[[int], Any], count: int) -> list[Any]:
 
 
 def copy_module(model: nn.Module, rank: int) -> nn.Module:
-    """Copy a model but for its parameters, and for the buffers in replica 0; those are shared."""
+    """Copy a model, except that its parameters, and the buffers of replica 0, are shared."""
     replica = model._replicate_for_data_parallel()
     replica._parameters = dict(model._parameters)
     if rank:
@@ -79,7 +79,7 @@ class Replicas:
         return run_threads(work, len(self.modules))
 
     def run(self, forward: Forward) -> list[Any]:
-        """As `outcomes`, with the first failure raised here."""
+        """Do the same as `outcomes`, but raise the first failure here."""
         outcomes = self.outcomes(forward)
         if self.group.failure is not None:
             raise self.group.failure
@@ -87,7 +87,7 @@ class Replicas:
 
 
 def run_replicas(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Run one forward of a model, each input in a replica of its own."""
+    """Run one forward of a model, with one replica for each input."""
     return Replicas(model, len(inputs)).run(lambda replica, rank: replica(inputs[rank]))
 
 
@@ -122,7 +122,7 @@ def train_step(
     chunks: Sequence[Tensor],
     forward: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]],
 ) -> dict[str, Tensor | None]:
-    """Run one forward and backward of all chunks; return all that a batch norm makes of them."""
+    """Run one forward and backward of all chunks; return everything that a batch norm computes."""
     inputs = [chunk.detach().clone(memory_format=torch.preserve_format).requires_grad_() for chunk in chunks]
     layer.zero_grad()
     y = torch.cat(list(forward(layer, inputs)))
@@ -138,7 +138,7 @@ def train_step(
 def assert_equals_whole_batch(
     layer: nn.Module, chunks: Sequence[Tensor], **tolerance: float
 ) -> dict[str, Any]:
-    """Train one step on replicas, and show that torch's own layer makes the same of the whole batch."""
+    """Train one step on replicas, and check that torch's own layer computes the same for the whole batch."""
     twin = stock_twin(layer, chunks[0].dim())
     ours = train_step(layer, chunks, run_replicas)
     theirs = train_step(twin, chunks, lambda twin, inputs: [twin(torch.cat(list(inputs)))])
@@ -152,7 +152,7 @@ def chunks_of(
     layout: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
-    """Make one batch for each size, of the channels of `layer_of`."""
+    """Make one batch for each size, with the channels of `layer_of`."""
     return [
         (torch.randn(size, CHANNELS, *spatial, dtype=dtype) * 3 + 1).contiguous(memory_format=layout)
         for size in sizes
@@ -160,7 +160,7 @@ def chunks_of(
 
 
 def leaves_of(chunks: Sequence[Tensor]) -> list[Tensor]:
-    """Copy them, layout and all, to inputs of their own that need a gradient."""
+    """Copy them, with their layouts, to inputs that require grad."""
     return [chunk.detach().clone().requires_grad_() for chunk in chunks]
 
 
@@ -186,7 +186,7 @@ def step(
     forward: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]],
     behind: Callable[[Sequence[Tensor]], Sequence[Tensor]] = _as_they_are,
 ) -> dict[str, Any]:
-    """As `train_step`, for chunks that cannot be joined, and with something between outputs and loss."""
+    """Do as `train_step` for chunks that cannot be joined, with a function between outputs and loss."""
     layer.zero_grad()
     inputs = leaves_of(chunks)
     outputs = behind(forward(layer, inputs))
@@ -206,7 +206,7 @@ def check(
     behind: Callable[[Sequence[Tensor]], Sequence[Tensor]] = _as_they_are,
     whole: Callable[[nn.Module, Sequence[Tensor]], Sequence[Tensor]] = as_one_batch,
 ) -> dict[str, Any]:
-    """Show that a `step` of replicas is, to 1e-12, that of torch's own layer on the whole batch."""
+    """Check that a `step` of replicas equals that of torch's own layer on the whole batch, to 1e-12."""
     twin = stock_twin(layer, 2)
 
     def replicas(layer: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -241,7 +241,7 @@ def graph_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def one_node_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many replicas shared one node, for each time that a node was made."""
+    """The number of replicas that share a node, for each node that was made."""
     calls: list[int] = []
     reduce = one_node.reduce
 
@@ -256,7 +256,7 @@ def one_node_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def joined_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many inputs were joined to one batch, for each time that this was done."""
+    """The number of inputs that were joined into one batch, for each such batch."""
     calls: list[int] = []
     reduce = joined_node.reduce
 
@@ -297,7 +297,7 @@ def form(request: pytest.FixtureRequest) -> Form:
 
 @pytest.fixture
 def layer_of() -> Callable[..., nn.Module]:
-    """Build a layer that is not new; of float64, unless told otherwise."""
+    """Build a layer with trained-like state, in float64 by default."""
 
     def build(kind: Any = SynchronizedBatchNorm2d, **options: Any) -> nn.Module:
         return randomize(kind(CHANNELS, **{"dtype": torch.float64, **options}))
@@ -305,7 +305,7 @@ def layer_of() -> Callable[..., nn.Module]:
     return build
 
 
-# Modules of tests cannot import this one, but they can ask for what is in it.
+# Test modules cannot import this one, but they can use it as a fixture.
 def _fixture(helper: Any, name: str) -> Any:
     return pytest.fixture(name=name)(lambda: helper)
 

@@ -32,7 +32,7 @@ def test_halves_of_autocast_equal_the_whole_batch(
     seen: list[torch.dtype] = []
 
     def call(replica: nn.Module, x: Tensor, rank: int) -> Tensor:
-        with torch.autocast("sim", dtype=dtype):  # in the replica's thread, as autocast wants it
+        with torch.autocast("sim", dtype=dtype):  # in the replica's thread, since autocast holds per thread
             hidden = replica[0](x)
             y = replica[1](hidden)
         seen.extend([hidden.dtype, y.dtype])

@@ -1,4 +1,4 @@
-"""On a simulated accelerator any split over any devices is the whole batch, and the host never waits."""
+"""On a simulated accelerator, any split over any devices equals the whole batch, and the host never waits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from syncbn_core import (
 pytestmark = pytest.mark.usefixtures("accelerator")
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
-# Of numbers of order 1 and sums of some hundreds of them.
+# For numbers of order 1 and sums of some hundreds of them.
 TOLERANCES = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},
@@ -134,7 +134,7 @@ def test_a_clamped_variance_equals_that_of_plain_operations(eps, fused, layer_on
     twin = twin_of(layer, 4)
 
     def clamped(twin: nn.Module, x: Tensor) -> Tensor:
-        twin(x)  # moves the running statistics
+        twin(x)  # updates the running statistics
         mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
         weight, bias = (p.view(1, -1, 1, 1) for p in (twin.weight, twin.bias))
         return (x - mean) / var.clamp(min=eps).sqrt() * weight + bias
@@ -188,7 +188,7 @@ def test_parameters_that_need_no_gradient_get_none(frozen, fused, layer_on) -> N
 
 
 @FUSED
-def test_a_layer_in_evaluation_equals_torchs_and_meets_nobody(fused, layer_on) -> None:
+def test_a_layer_in_evaluation_equals_torchs_and_does_not_wait(fused, layer_on) -> None:
     check(layer_on(fused=fused).eval(), batches([2, 1, 3]), DEVICES["four devices"])
 
 

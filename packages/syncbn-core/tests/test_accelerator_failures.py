@@ -1,4 +1,4 @@
-"""A replica that fails on its device ends the others at once, with its error as the cause."""
+"""If a replica fails on its device, the others get an error at once, with the first error as the cause."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_input_on_another_device_than_its_replica_breaks_the_forward_of_all(l
         DeviceReplicas(layer, DEVICES).run(lambda replica, rank: replica(batches[rank]))
 
 
-def test_a_replica_that_returns_early_is_missed_at_once(layer: nn.Module) -> None:
+def test_if_a_replica_returns_early_the_others_get_an_error_at_once(layer: nn.Module) -> None:
     batches = inputs()
     with pytest.raises(ReplicaLeftError, match="net"):
         DeviceReplicas(layer, DEVICES).run(
@@ -59,7 +59,7 @@ def test_a_replica_that_returns_early_is_missed_at_once(layer: nn.Module) -> Non
         )
 
 
-def test_after_a_failure_the_next_forward_is_whole_again(layer: nn.Module) -> None:
+def test_after_a_failure_the_next_forward_is_right(layer: nn.Module) -> None:
     def fail(replica: nn.Module, x: Tensor, rank: int) -> Tensor:
         if rank == 1:
             raise KeyError("lost")

@@ -1,4 +1,4 @@
-"""What a layer costs on accelerators, counted: few launches and copies, and no read by the host."""
+"""The cost of a layer on accelerators, counted: few launches and copies, and no read by the host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.f
 
 
 def layers_nodes(outputs: list[torch.Tensor]) -> set[Node]:
-    """The autograd nodes of ours behind some outputs."""
+    """Our autograd nodes in the graph of some outputs."""
     seen: set[Node] = set()
     ahead = [y.grad_fn for y in outputs]
     while ahead:
@@ -36,7 +36,7 @@ def _package_of(node: Node) -> str:
 
 @pytest.fixture
 def settled(layer_of: Callable[..., nn.Module]) -> Callable[..., Step]:
-    """Train a layer on R devices for two steps; return the second, when whatever is kept has been made."""
+    """Train a layer on R devices for two steps; return the second, when everything that is kept exists."""
 
     def train(replicas: int, dtype: torch.dtype, **options: object) -> Step:
         devices = [f"sim:{rank}" for rank in range(replicas)]
@@ -80,7 +80,7 @@ def test_a_layer_is_one_autograd_node(replicas: int, settled) -> None:
     assert len(layers_nodes(settled(replicas, torch.float32).outputs)) == 1
 
 
-def test_nothing_is_kept_that_makes_another_batch_size_wait(layer_of) -> None:
+def test_a_change_of_the_batch_size_does_not_wait(layer_of) -> None:
     layer = layer_of(SynchronizedBatchNorm2d, device="sim:0", dtype=torch.float32)
     for sizes in ([2, 2], [3, 1], [0, 5], [2, 2]):
         step = Step(layer, [torch.randn(size, 4, 3, 5) for size in sizes], ["sim:0", "sim:1"])

@@ -1,4 +1,4 @@
-"""On devices too, whoever intercepts what is saved for backward gets the whole batch's gradients."""
+"""On devices too, the gradients are those of the whole batch if hooks intercept the saved tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpointed_in_one_replica(replica: nn.Module, x: Tensor, rank: int) -> Ten
 
 
 def moved_and_back(replica: nn.Module, x: Tensor, rank: int) -> Tensor:
-    """Keep what is saved on another device."""
+    """Keep saved tensors on another device."""
     other = torch.device("sim", (x.device.index + 1) % 4)
     with saved_tensors_hooks(lambda t: (t.device, t.to(other)), lambda kept: kept[1].to(kept[0])):
         return replica(x)

@@ -1,4 +1,4 @@
-"""Replicas that run on streams of the user's own: every use of a tensor comes after what wrote it."""
+"""Replicas on streams of the user: every use of a tensor comes after the operation that wrote it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from syncbn_core import SynchronizedBatchNorm2d
 
 pytestmark = [
     pytest.mark.usefixtures("accelerator"),
-    # torch warns of what the test does: a parameter is used on another stream than that of its last use.
+    # torch warns that a parameter is used on another stream than at its last use.
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),
 ]
 
@@ -42,7 +42,7 @@ def net(layer_of: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def step_on_streams(model: nn.Module, chunks: list[Tensor], devices: list[str], call) -> dict[str, Tensor]:
-    """Each replica works on a stream of its own; the caller does what CUDA asks of a caller: no more."""
+    """Each replica works on a stream of its own; the caller only does what CUDA requires."""
     current = [torch.sim.current_stream(device) for device in devices]
     streams = [torch.sim.Stream(device) for device in devices]
     leaves = [chunk.to(device).requires_grad_() for chunk, device in zip(chunks, devices)]

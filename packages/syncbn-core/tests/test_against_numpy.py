@@ -13,13 +13,13 @@ CHANNEL_STD = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64).view(4, 1,
 
 
 def by_the_formulas(x, dy, weight, bias, eps_mode):
-    """Batch norm over ``(N, C)`` with its gradients, written down from its definition."""
+    """Batch norm over ``(N, C)`` with its gradients, from the definition."""
     mean, var = x.mean(0), x.var(0)
     under_floor = (var < EPS) & (eps_mode == "clamp")
     invstd = 1 / np.sqrt(np.maximum(var, EPS) if eps_mode == "clamp" else var + EPS)
     x_hat = (x - mean) * invstd
     dx_hat = dy * weight
-    # Where the variance is under the floor, it is a constant: the term by way of the variance goes.
+    # If the variance is below the floor, it is a constant: the term of the variance is 0.
     by_way_of_var = np.where(under_floor, 0, x_hat * (x_hat * dx_hat).mean(0))
     return {
         "y": x_hat * weight + bias,

@@ -1,4 +1,4 @@
-"""Outside of training, alone or in a single replica, a layer is torch's batch norm, bit for bit."""
+"""In evaluation, and in training without other replicas, a layer is torch's batch norm, bit for bit."""
 
 import pytest
 import torch
@@ -53,17 +53,17 @@ def test_one_batch_alone_is_torchs_own(
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
-def test_evaluation_in_several_replicas_meets_nobody(fused, randomize, replicas_of):
+def test_evaluation_in_several_replicas_does_not_wait(fused, randomize, replicas_of):
     layer = randomize(SynchronizedBatchNorm2d(3, fused=fused)).eval()
     replicas = replicas_of(layer, 3)
     x = torch.randn(2, 3, 4, 4)
-    # One replica runs by itself: had it to meet the others, it would wait.
+    # One replica runs without the others: if it synchronized, it would wait.
     y = replicas.modules[1](x)
     expected = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
     torch.testing.assert_close(y, expected, **EXACTLY)
 
 
-def test_evaluation_without_running_statistics_is_by_the_replicas_own_batch(replicas_of):
+def test_evaluation_without_running_statistics_uses_the_replicas_own_batch(replicas_of):
     layer = SynchronizedBatchNorm2d(3, track_running_stats=False).eval()
     x = torch.randn(2, 3, 4, 4)
     y = replicas_of(layer, 3).modules[1](x)
@@ -75,7 +75,7 @@ def test_evaluation_without_running_statistics_is_by_the_replicas_own_batch(repl
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("replicas", [0, 1, 2])
-def test_a_batch_without_values_gives_itself_and_moves_no_statistics(
+def test_an_empty_batch_gives_an_empty_output_and_updates_no_statistics(
     replicas, fused, shape, eps_mode, randomize, run_replicas
 ):
     layer = randomize(SynchronizedBatchNorm2d(3, fused=fused, eps_mode=eps_mode))
@@ -87,12 +87,12 @@ def test_a_batch_without_values_gives_itself_and_moves_no_statistics(
     assert all(x.grad.shape == shape for x in inputs)
     for parameter in layer.parameters():
         torch.testing.assert_close(parameter.grad, torch.zeros(3), **EXACTLY)
-    # A layer that does not synchronize is torch's own, which counts the batch.
+    # A layer that does not synchronize does the same as torch's own, which counts the batch.
     before["num_batches_tracked"] += int(replicas < 2 and eps_mode == "plus")
     torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
 
 
-def test_a_layer_is_torchs_own_class_to_those_who_ask():
+def test_a_layer_is_an_instance_of_torchs_own_class():
     assert isinstance(SynchronizedBatchNorm1d(3), nn.BatchNorm1d)
     assert isinstance(SynchronizedBatchNorm2d(3), nn.BatchNorm2d)
     assert isinstance(SynchronizedBatchNorm3d(3), nn.BatchNorm3d)

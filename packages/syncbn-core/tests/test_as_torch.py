@@ -1,4 +1,4 @@
-"""Replicas accept what torch's own layer accepts of the whole batch, and refuse what it refuses."""
+"""Replicas accept the inputs that torch's own layer accepts for the whole batch, and refuse the others."""
 
 import copy
 
@@ -108,7 +108,7 @@ def test_an_empty_batch_alone_is_counted_and_has_a_second_derivative(kind, eps_m
     assert layer.num_batches_tracked == 1
 
 
-# What one channel has is nothing to the others
+# Channels are independent
 
 
 @pytest.mark.pairwise

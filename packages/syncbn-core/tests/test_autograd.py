@@ -1,4 +1,4 @@
-"""Backward does whatever torch's own layer does: partly wanted, repeated, frozen, ignored."""
+"""The backward does the same as torch's own layer for partial, repeated, frozen and unused gradients."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_a_gradient_penalty_through_the_composite_path_is_that_of_the_whole_batc
     [("inputs", {}), ("weight", {}), ("all", {}), ("inputs", {"affine": False})],
     ids=["inputs", "weight", "all", "inputs of a layer without weight"],
 )
-def test_a_second_derivative_through_the_fused_path_names_the_way_out(
+def test_a_second_derivative_through_the_fused_path_is_an_error_that_says_what_to_do(
     wanted, options, layer_of, chunks, loss_of
 ):
     layer = layer_of(**options)
@@ -87,7 +87,7 @@ def test_a_second_derivative_through_the_fused_path_names_the_way_out(
         sum(g.pow(2).sum() for g in gradients).backward()
 
 
-def test_a_first_derivative_with_a_graph_is_right_as_long_as_nobody_derives_it(layer_of, chunks, loss_of):
+def test_a_first_derivative_with_create_graph_is_right_if_it_is_not_differentiated(layer_of, chunks, loss_of):
     layer = layer_of()
     sources = [*chunks, *layer.parameters()]
     expected = torch.autograd.grad(loss_of(layer, chunks), sources)
@@ -111,7 +111,7 @@ def test_a_second_backward_adds_the_same_again(fused, layer_of, chunks, loss_of)
 @pytest.mark.pairwise
 @FUSED
 @pytest.mark.parametrize("wanted", [[0], [2], [0, 1], [3], [4], [1, 4]], ids=str)
-def test_a_subset_of_the_gradients_is_a_subset(fused, wanted, layer_of, chunks, loss_of):
+def test_a_subset_of_the_gradients_equals_that_part_of_all(fused, wanted, layer_of, chunks, loss_of):
     layer = layer_of(fused=fused)
     leaves = [*chunks, *layer.parameters()]
     full = torch.autograd.grad(loss_of(layer, chunks), leaves)
@@ -124,7 +124,7 @@ def test_a_subset_of_the_gradients_is_a_subset(fused, wanted, layer_of, chunks, 
 @pytest.mark.parametrize(
     "frozen", [["weight"], ["bias"], ["weight", "bias"], ["x0"], ["x1", "x2"], ["x0", "x1", "x2"]], ids=str
 )
-def test_what_needs_no_gradient_gets_none_and_changes_no_other(
+def test_tensors_that_need_no_gradient_get_none_and_change_no_other(
     fused, frozen, layer_of, chunks, stock_twin, loss_of, weighted_sum
 ):
     layer = layer_of(fused=fused)
@@ -160,9 +160,7 @@ def test_a_replica_that_the_loss_ignores_still_gets_its_gradient(
 
 
 @FUSED
-def test_a_gradient_that_is_one_number_expanded_is_taken_as_it_is(
-    fused, layer_of, chunks, stock_twin, run_replicas
-):
+def test_an_expanded_gradient_is_accepted(fused, layer_of, chunks, stock_twin, run_replicas):
     layer = layer_of(fused=fused)
     twin = stock_twin(layer, 4)
     batch = torch.cat(chunks).detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""What cannot work is an error that says what was expected, what came and where; then the model goes on."""
+"""Invalid input is an error that says what was expected, got and where; then the model still works."""
 
 import re
 
@@ -36,7 +36,7 @@ def test_a_layer_needs_a_channel(num_features):
         SynchronizedBatchNorm2d(num_features)
 
 
-def test_an_unknown_eps_mode_is_told_the_known_ones():
+def test_an_unknown_eps_mode_is_an_error_that_lists_the_known_ones():
     expected = "expected eps_mode to be one of 'plus', 'clamp', 'clamp_synchronized', got 'minus'"
     with pytest.raises(ValueError, match=expected):
         SynchronizedBatchNorm2d(3, eps_mode="minus")
@@ -68,7 +68,7 @@ def test_an_input_that_is_not_of_floating_point(dtype):
         SynchronizedBatchNorm2d(3)(torch.ones(2, 3, 4, 4).to(dtype))
 
 
-def test_a_layer_that_knows_its_name_says_it(replicas_of):
+def test_an_error_names_the_layer(replicas_of):
     wrong = torch.ones(2, 3)
     layer = SynchronizedBatchNorm2d(3)
     layer.layer_name = "encoder.bn1"
@@ -86,7 +86,7 @@ def test_one_value_per_channel_in_all_replicas_together(replicas, fused, run_rep
     chunks = [torch.ones(1, 3), *[torch.ones(0, 3)] * (replicas - 1)]
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training, got"):
         run_replicas(layer, chunks) if replicas else layer(*chunks)
-    if replicas > 1:  # torch's own layer, which it is otherwise, has counted the batch by then
+    if replicas > 1:  # torch's own layer has counted the batch before its error
         assert layer.num_batches_tracked == 0
 
 
@@ -133,7 +133,7 @@ def test_a_bad_batch_in_one_replica_is_an_error_for_all_and_the_model_goes_on(
     assert_equals_whole_batch(model[0], [torch.randn(n, 3, 4, 4) for n in (2, 1)])
 
 
-def test_one_wrapper_inside_of_another_is_told_to_be_one(replicas_of):
+def test_a_wrapper_inside_another_is_an_error(replicas_of):
     model = nn.Sequential(SynchronizedBatchNorm2d(3))
     outer = replicas_of(model, 2)
     inner = replicas_of(outer.modules[0], 2)
@@ -147,7 +147,7 @@ def test_one_wrapper_inside_of_another_is_told_to_be_one(replicas_of):
 
 
 @FUSED
-def test_a_failure_behind_a_layer_leaves_it_as_it_is_and_the_next_forward_right(
+def test_a_failure_after_a_layer_does_not_change_it_and_the_next_forward_is_right(
     fused, replicas_of, assert_equals_whole_batch
 ):
     model = nn.Sequential(SynchronizedBatchNorm2d(3, fused=fused), SynchronizedBatchNorm2d(3, fused=fused))

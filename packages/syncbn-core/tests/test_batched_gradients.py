@@ -1,4 +1,4 @@
-"""Many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``) are those one by one."""
+"""Many gradients at once (``is_grads_batched=True``, ``jacobian(vectorize=True)``) equal single ones."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_batched_gradients_are_those_one_by_one(
 def test_a_vectorized_jacobian_is_that_of_the_whole_batch(
     options, fused, layer_of, chunks_of, run_replicas, stock_twin
 ):
-    layer = layer_of(fused=fused, eps=1e-14, **options)  # with an eps so small, clamp is plus
+    layer = layer_of(fused=fused, eps=1e-14, **options)  # with such a small eps, clamp equals plus
     twin = stock_twin(layer, 4)
     chunks = chunks_of(1, 2, spatial=(2, 1))
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing inside of replicas: a recomputation repeats what was agreed on, and meets nobody."""
+"""Gradient checkpoints inside replicas: a recomputation reuses the statistics and waits for no other."""
 
 import copy
 
@@ -84,14 +84,14 @@ def inputs():
 
 @pytest.fixture
 def gradients_of(replicas_of, weighted_sum):
-    """The gradients of one forward by ``way(call, replica, x)``: the mean of those of some backwards."""
+    """The gradients of one forward by ``way(call, replica, x)``, averaged over some backwards."""
 
     def gradients(model, inputs, way, call, backwards=1):
         leaves = [*inputs, *model.parameters()]
         for leaf in leaves:
             leaf.grad = None
         outputs = replicas_of(model, len(inputs)).run(lambda replica, rank: way(call, replica, inputs[rank]))
-        # All replicas have left their group: whoever wanted to meet another one now, would get an error.
+        # All replicas have left their group: a replica that tried to synchronize now would get an error.
         loss = weighted_sum(torch.cat(outputs))
         for left in reversed(range(backwards)):
             loss.backward(retain_graph=left > 0)
@@ -148,24 +148,24 @@ def test_a_forward_without_gradients_before_changes_nothing(inputs, gradients_of
     torch.testing.assert_close(actual, gradients_of(model, inputs, way, remembered), **TIGHT)
 
 
-def test_a_reentrant_checkpoint_is_told_in_the_first_backward_to_be_none(inputs, gradients_of):
+def test_a_reentrant_checkpoint_is_an_error_in_the_first_backward(inputs, gradients_of):
     with pytest.raises(RuntimeError, match=r"net\.1.*use_reentrant=False"):
         gradients_of(make_model(), inputs, everything, reentrant)
 
 
-def test_a_reentrant_checkpoint_is_told_even_if_the_layer_also_ran_without(inputs, gradients_of):
+def test_a_reentrant_checkpoint_is_an_error_even_if_the_layer_also_ran_without_one(inputs, gradients_of):
     with pytest.raises(RuntimeError, match=r"net\.1.*use_reentrant=False"):
         gradients_of(make_model(), inputs, one_layer_in_a_checkpoint_and_without, reentrant)
 
 
 @pytest.mark.parametrize("way", [everything, the_last_part])
-def test_the_composite_path_in_a_checkpoint_names_the_way_out(way, inputs, gradients_of):
+def test_the_composite_path_in_a_checkpoint_is_an_error_that_says_what_to_do(way, inputs, gradients_of):
     with pytest.raises(RuntimeError, match=r"net\.[14].*fused=True, or leave it out of the checkpoint"):
         gradients_of(make_model(fused=False), inputs, way, recomputed)
 
 
-def test_torch_tells_inside_of_a_backward_that_it_is_one():
-    # Private to torch, so this is what to look at first if the tests above fail on another version.
+def test_torch_reports_that_a_backward_is_running():
+    # Private to torch: look at this first if the tests above fail with another version.
     inside = []
     x = torch.ones(1, requires_grad=True)
     y = x * 2

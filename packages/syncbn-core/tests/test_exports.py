@@ -1,4 +1,4 @@
-"""What the package offers, and what an import of it does: nothing else."""
+"""The public names, and that an import has no side effects."""
 
 import doctest
 import importlib.metadata

@@ -14,7 +14,7 @@ class Context:
 
 
 def replicate_one_by_one(model, count):
-    """Make whole replicas, one after the other; torch goes module by module."""
+    """Make whole replicas, one after the other; torch makes them module by module."""
     replicas = []
     for rank in range(count):
         copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
@@ -27,7 +27,7 @@ def replicate_one_by_one(model, count):
 
 
 def execute_callbacks(replicas):
-    """Hand every layer's replicas one context, as the vendored loop does: the master first."""
+    """Give the replicas of each layer one context, as the vendored loop does, the master first."""
     contexts = [Context() for _ in replicas[0].modules()]
     for rank, replica in enumerate(replicas):
         for context, module in zip(contexts, replica.modules()):

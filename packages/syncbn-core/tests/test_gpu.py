@@ -84,7 +84,7 @@ def test_half_inputs_give_half_outputs_by_statistics_of_float32(
 ):
     layer = layer_of(momentum=1.0, fused=fused)
     chunks = chunks_of([2, 3], (16, 15), memory_format, dtype)
-    roundings = 8 * torch.finfo(dtype).eps  # of numbers of order 1, and of sums of them
+    roundings = 8 * torch.finfo(dtype).eps  # for numbers of order 1, and sums of them
     ours = assert_equals_whole_batch(layer, chunks, rtol=roundings, atol=20 * roundings)
     assert ours["y"].dtype == ours["dx"].dtype == dtype
     batch = torch.cat(chunks).double()
@@ -119,7 +119,7 @@ def test_no_step_makes_the_host_wait_for_the_device(dtype, momentum, eps_mode, f
         outputs = replicas_of(layer, 2).run(lambda replica, rank: replica(inputs[rank]))
         torch.autograd.backward(outputs, gradients)
 
-    step()  # what is set up once, such as a cuBLAS handle, may wait
+    step()  # one-time setup, such as a cuBLAS handle, may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -137,7 +137,7 @@ def test_a_stream_of_the_user_is_used(fused, layer_of, stock_twin, replicas_of):
 
     def forward(replica, rank):
         with torch.cuda.stream(stream):
-            # Work enough that whoever looks at x on another stream looks too early.
+            # Enough work that a read of x on another stream would come too early.
             x = batch[rank::2]
             for _ in range(200):
                 x = x * 1.0001

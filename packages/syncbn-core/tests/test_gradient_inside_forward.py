@@ -14,7 +14,7 @@ MESSAGE = (
 
 
 class Forces(nn.Module):
-    """The gradient of an energy by the input, as in models of molecules."""
+    """The gradient of an energy with respect to the input, as in models of molecules."""
 
     def __init__(self, norm, retain_graph):
         super().__init__()
@@ -34,7 +34,7 @@ def chunks():
 @pytest.mark.parametrize("retain_graph", [True, False], ids=["retained", "freed"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 @pytest.mark.parametrize("culprits", [[0], [2], [0, 1, 2]], ids=str)
-def test_it_is_an_error_in_whatever_replica(culprits, fused, retain_graph, replicas_of):
+def test_it_is_an_error_in_every_replica(culprits, fused, retain_graph, replicas_of):
     model = Forces(SynchronizedBatchNorm1d(4, fused=fused), retain_graph)
     inputs = chunks()
 

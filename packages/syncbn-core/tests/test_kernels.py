@@ -1,4 +1,4 @@
-"""The kernels compute what float64 arithmetic says, in every dtype and every memory layout."""
+"""The kernels agree with float64 arithmetic, in every dtype and every memory layout."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 @pytest.fixture(params=["cpu", "cpu, large tensors", "plain"], autouse=True)
 def kernels(request, monkeypatch):
-    """Every set of kernels that runs here; those of the CPU also as they treat large tensors."""
+    """Every set of kernels that runs here; the CPU's also in its mode for large tensors."""
     if request.param == "plain":
         return PLAIN
     if request.param == "cpu, large tensors":
@@ -84,7 +84,7 @@ def test_local_statistics_are_mean_and_m2(shape, dtype, x_layout, kernels):
     wide = x.double()
     expected_mean = sum_over_batch(wide) * C / x.numel()
     expected_m2 = sum_over_batch((wide - column(expected_mean, x)) ** 2)
-    # A half's own digits are all that may be missing.
+    # Only the rounding of half inputs is allowed.
     torch.testing.assert_close(mean.double(), expected_mean, **float32_at_least(dtype))
     torch.testing.assert_close(m2.double(), expected_m2, **float32_at_least(dtype))
 
@@ -223,7 +223,7 @@ def test_merge_makes_the_statistics_of_the_whole_batch(
         assert layer.num_batches_tracked == 1
 
 
-def test_a_merge_of_nothing_moves_no_running_statistics(kernels):
+def test_a_merge_of_empty_batches_updates_no_running_statistics(kernels):
     layer = SynchronizedBatchNorm1d(C)
     parts = [kernels.local_statistics(torch.empty(0, C), layer.eps)] * 2
     whole = kernels.merge(parts, [0, 0], layer._reduction(parts[0][0], torch.float32))

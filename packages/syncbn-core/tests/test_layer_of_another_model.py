@@ -1,4 +1,4 @@
-"""A replica has to call its own copy of a layer: a call of any other one is an error, not unsynchronized."""
+"""A replica has to call its own copy of a layer: a call of another one is an error."""
 
 import pytest
 import torch

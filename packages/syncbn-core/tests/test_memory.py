@@ -1,4 +1,4 @@
-"""What a forward keeps: x itself or one copy, and vectors; and nothing for longer than its graph lives."""
+"""A forward keeps x itself or one copy, and vectors, and nothing for longer than its graph exists."""
 
 import gc
 import weakref
@@ -25,7 +25,7 @@ def no_garbage_collection():
 
 
 class Tracked(torch.autograd.Function):
-    """The identity, in a node that holds an object of which one can tell whether it is still there."""
+    """The identity, in a node that holds an object to which the test has a weak reference."""
 
     @staticmethod
     def forward(ctx, x, tracer):
@@ -78,7 +78,7 @@ def test_a_graph_dies_when_a_second_derivative_was_possible(run_replicas, no_gar
 
 
 @LAYOUTS
-def test_what_saved_tensor_hooks_see_is_x_itself_and_vectors(memory_format, replicas_of):
+def test_saved_tensor_hooks_see_x_itself_and_vectors(memory_format, replicas_of):
     layer = SynchronizedBatchNorm2d(C)
     inputs = [
         torch.randn(4, C, 8, 8).contiguous(memory_format=memory_format).requires_grad_() for _ in range(2)
@@ -102,7 +102,7 @@ def test_what_saved_tensor_hooks_see_is_x_itself_and_vectors(memory_format, repl
 
 
 def storages_of_the_size_of(x):
-    """Address and size of all memory of this size or more that any tensor refers to."""
+    """Address and size of all storages of at least this size that any tensor refers to."""
     gc.collect()
     everything = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in everything]
@@ -112,7 +112,7 @@ def storages_of_the_size_of(x):
 @pytest.mark.parametrize("graph_kind", ["one node"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @LAYOUTS
-def test_one_node_holds_nothing_but_the_inputs_of_the_size_of_x(
+def test_the_only_large_tensors_that_one_node_holds_are_the_inputs(
     memory_format, dtype, run_replicas, one_node_calls, joined_calls
 ):
     inputs = [
@@ -134,7 +134,7 @@ def test_one_node_holds_nothing_but_the_inputs_of_the_size_of_x(
 
 
 @pytest.mark.parametrize("graph_kind", ["joined"], indirect=True)
-def test_a_joined_batch_is_held_as_one_copy_and_nothing_else_of_the_size_of_x(run_replicas):
+def test_the_only_large_tensor_that_a_joined_batch_holds_is_one_copy(run_replicas):
     inputs = [torch.randn(4, C, 8, 8, requires_grad=True) for _ in range(2)]
     whole = 2 * inputs[0].untyped_storage().nbytes()
     before = storages_of_the_size_of(inputs[0])

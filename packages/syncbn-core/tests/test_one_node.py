@@ -1,4 +1,4 @@
-"""One autograd node for all replicas makes what torch's own layer makes of the whole batch, joined or not."""
+"""One autograd node for all replicas, joined or not, equals torch's own layer on the whole batch."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 
 @pytest.fixture(autouse=True)
 def taken(graph_kind, one_node_calls):
-    """How many replicas shared one node, for each time that a node was made."""
+    """The number of replicas that share a node, for each node that was made."""
     return one_node_calls
 
 
 def dense(kind):
-    """What `chunks_of` wants to know of a kind of input."""
+    """The arguments of `chunks_of` for a kind of input."""
     return {"spatial": kind.spatial, "layout": kind.layout}
 
 
@@ -107,7 +107,7 @@ def test_outputs_and_gradients_are_as_the_inputs_in_shape_dtype_and_layout(
     inputs = leaves_of(chunks_of(2, 3, 1, dtype=dtype, **dense(form)))
     layer = layer_of(form.kind, dtype=torch.float32 if dtype is torch.bfloat16 else dtype)
     outputs = run_replicas(layer, inputs)
-    # Of autograd itself, since what adds gradients to a leaf's corrects their layout.
+    # From autograd itself, since the addition to a leaf's gradient corrects the layout.
     gradients = torch.autograd.grad(loss_of(y**2 for y in outputs[:2]), inputs)
     assert taken == [3]
     for x, y, dx in zip(inputs, outputs, gradients):
@@ -134,7 +134,7 @@ ROUNDINGS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 @pytest.fixture
 def against_float64(stock_twin, leaves_of, run_replicas):
-    """What a forward and backward make; and what torch's own layer makes in float64 of the same numbers."""
+    """The results of a forward and backward, and those of torch's own layer in float64 on the same data."""
 
     def run(layer, chunks, dys):
         twin = stock_twin(layer, 4).double()
@@ -263,7 +263,7 @@ def test_in_float64_a_mean_far_from_zero_costs_few_digits(layout, layer_of, run_
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_what_needs_more_digits_moves_the_running_statistics_once(
+def test_a_batch_that_needs_more_digits_updates_the_running_statistics_once(
     momentum, layer_of, chunks_of, run_replicas, taken
 ):
     layer = layer_of(momentum=momentum, dtype=torch.float32)
@@ -309,7 +309,7 @@ def test_means_far_from_zero_cost_no_digits_but_those_of_the_inputs(
     torch.testing.assert_close(ours["running_var"].double(), expected["running_var"], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours["running_mean"].double(), expected["running_mean"], rtol=1e-6, atol=0)
     deviation = expected["running_var"].sqrt()
-    # What float32 rounds off numbers of this mean, in standard deviations.
+    # The rounding of float32 at this mean, in standard deviations.
     rounding = (expected["running_mean"].abs().max() / deviation.min()).item() * 2**-24
     torch.testing.assert_close(ours["y"].double(), expected["y"], rtol=1e-5, atol=5e-5 + 4 * rounding)
     dx, expected_dx = (made["dx"] * deviation.view(1, C, 1, 1) for made in (ours, expected))
@@ -333,7 +333,7 @@ def test_the_rounding_of_a_mean_far_from_zero_is_not_in_the_gradient_of_the_inpu
     rounding = exact.float() - exact
     error = (ours["dx"] - expected["dx"]).mean((0, 2, 3))
     slope = (error @ rounding) / (rounding @ rounding)
-    assert abs(slope) < 0.4  # of 0 but for chance; it would be the mean weight, 1
+    assert abs(slope) < 0.4  # 0 up to chance; with the error it would be the mean weight, 1
 
 
 # The graph
@@ -359,7 +359,7 @@ def test_the_graph_is_one_node_for_all_replicas(layer_of, chunks_of, leaves_of, 
     assert len(leaves) == 5
 
 
-def test_where_nothing_needs_a_gradient_there_is_no_graph(layer_of, chunks_of, run_replicas, taken):
+def test_if_nothing_needs_a_gradient_there_is_no_graph(layer_of, chunks_of, run_replicas, taken):
     outputs = run_replicas(layer_of().requires_grad_(False), chunks_of(2, 3))
     assert taken == [2]
     assert not any(y.requires_grad for y in outputs)
@@ -389,7 +389,7 @@ def test_a_replica_that_the_loss_ignores_still_gets_its_gradient(
         *("x0 x1 weight bias", "x0 x1 x2 weight", "x0 x1 x2 bias"),
     ],
 )
-def test_what_needs_no_gradient_gets_none_and_changes_no_other(
+def test_tensors_that_need_no_gradient_get_none_and_change_no_other(
     frozen, layer_of, chunks_of, leaves_of, stock_twin, as_one_batch, run_replicas, loss_of, taken
 ):
     layer, chunks = layer_of(), chunks_of(2, 1, 3)
@@ -435,7 +435,7 @@ def test_a_gradient_penalty_on_parameters_is_refused(
         (loss + sum(g.pow(2).sum() for g in gradients)).backward()
 
 
-# What is changed in place is nobody else's
+# In-place changes
 
 
 def test_every_replica_may_change_its_output_in_place(layer_of, chunks_of, as_one_batch, check, taken):
@@ -450,7 +450,7 @@ def test_every_replica_may_change_its_output_in_place(layer_of, chunks_of, as_on
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
-def test_a_change_of_one_output_is_none_of_the_others(
+def test_a_change_of_one_output_does_not_affect_the_others(
     changed, layer_of, chunks_of, leaves_of, stock_twin, as_one_batch, run_replicas, loss_of, taken
 ):
     layer, chunks = layer_of(), chunks_of(2, 1, 3)
@@ -474,7 +474,7 @@ def test_a_change_of_one_output_is_none_of_the_others(
 @pytest.mark.pairwise
 @pytest.mark.parametrize("changed", range(5))
 @pytest.mark.parametrize("used", [[0, 1, 2], [1]], ids=["all in the loss", "one in the loss"])
-def test_a_change_of_one_gradient_is_none_of_the_others(
+def test_a_change_of_one_gradient_does_not_affect_the_others(
     used, changed, layer_of, chunks_of, leaves_of, run_replicas, loss_of, taken
 ):
     layer, inputs = layer_of(), leaves_of(chunks_of(2, 1, 3))
@@ -516,7 +516,7 @@ def test_inputs_that_are_not_dense(ranks, layer_of, chunks_of, as_one_batch, che
 
 
 @pytest.mark.parametrize("shape", [(0, C, 3, 5), (2, C, 0, 5)], ids=str)
-def test_nothing_at_all_gives_nothing_and_teaches_nothing(shape, layer_of, leaves_of, run_replicas, taken):
+def test_empty_batches_give_empty_outputs_and_update_nothing(shape, layer_of, leaves_of, run_replicas, taken):
     layer = layer_of()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     inputs = leaves_of([torch.empty(shape, dtype=torch.float64)] * 2)
@@ -601,7 +601,7 @@ def test_inputs_of_two_dtypes_are_an_error_that_names_the_layer(
     torch.testing.assert_close(dict(layer.state_dict()), before, **EXACTLY)
 
 
-# What takes three nodes
+# Three nodes
 
 
 @RANKS
@@ -695,7 +695,9 @@ def test_layers_without_one_node(kind, options, layer_of, chunks_of, check, take
 
 @RANKS
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_what_one_replica_wants_otherwise_counts_once(rank, momentum, layer_of, chunks_of, check, taken):
+def test_a_batch_is_counted_once_if_one_replica_needs_three_nodes(
+    rank, momentum, layer_of, chunks_of, check, taken
+):
     def call(layer, x, of):
         if of != rank:
             return layer(x)

@@ -1,4 +1,4 @@
-"""Small batches of several replicas are joined to one batch, if their shapes and layouts fit together."""
+"""Small batches of several replicas are joined into one batch, if their shapes and layouts fit together."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ RANKS = pytest.mark.parametrize("rank", [0, 1, 2])
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (3, 0, 0, 2), (0, 0, 2), (0, 1, 0, 1)], ids=str)
-def test_empty_batches_are_part_of_it(form, sizes, layer_of, chunks_of, check, joined_calls):
+def test_empty_batches_are_joined_too(form, sizes, layer_of, chunks_of, check, joined_calls):
     check(layer_of(form.kind), chunks_of(*sizes, spatial=form.spatial, layout=form.layout))
     assert joined_calls == [len(sizes)]
 
@@ -64,7 +64,7 @@ def test_batches_of_other_shapes_or_layouts_are_not_joined(
     assert (one_node_calls, joined_calls) == ([3], [])
 
 
-def test_torch_tells_whether_what_is_saved_is_intercepted():
+def test_torch_reports_whether_saved_tensors_are_intercepted():
     # Private to torch: without it, every test of one node would be skipped.
     assert not may_be_intercepted()
     with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):

@@ -1,6 +1,6 @@
-"""Large batches are not joined: every replica makes the passes over its own, for one node of all replicas.
+"""Large batches are not joined: every replica makes the passes over its own batch, in one node for all.
 
-What large and small batches have in common is in test_one_node.py.
+Tests of both large and small batches are in test_one_node.py.
 """
 
 import threading
@@ -19,12 +19,12 @@ PARAMETERS = pytest.mark.parametrize("parameters", [{}, {"bias": False}, {"affin
 
 @pytest.fixture(autouse=True)
 def _where_it_is_possible(graph_kind):
-    """Where torch does not tell whether what is saved is intercepted, these tests are skipped."""
+    """These tests are skipped if torch does not report whether saved tensors are intercepted."""
 
 
 @LAYOUTS
 @pytest.mark.parametrize("graph_kind", ["joined"], indirect=True)  # the limit that users have
-def test_batches_that_are_large_indeed_are_not_joined(
+def test_large_batches_are_not_joined(
     layout, layer_of, chunks_of, assert_equals_whole_batch, one_node_calls, joined_calls
 ):
     chunks = chunks_of(1, 2, spatial=(256, 260), layout=layout)
@@ -51,7 +51,7 @@ def test_every_replica_has_its_own_storages(
 @ALL_LARGE
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (3, 0, 0, 2)], ids=str)
-def test_an_empty_batch_among_others_has_its_part_in_the_node_and_counts_once(
+def test_an_empty_batch_is_part_of_the_node_and_the_batch_is_counted_once(
     form, sizes, momentum, layer_of, chunks_of, check, one_node_calls
 ):
     layer = layer_of(form.kind, momentum=momentum)
@@ -85,12 +85,12 @@ def test_every_replica_makes_its_passes_in_its_own_thread(layer_of, chunks_of, r
     assert calls["reduce"] == [threads[0]]
 
 
-# What is larger than a cache
+# Batches larger than a cache
 
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many samples one pass went over, for every pass."""
+    """The number of samples of each pass."""
     samples = []
     affine = cpu.affine
 
@@ -117,7 +117,7 @@ def transposed(y):
 def test_a_backward_of_many_samples_goes_in_parts(
     samples, parts, parameters, turned, layer_of, chunks_of, check, monkeypatch, passes, one_node_calls
 ):
-    # As many samples are in a cache, and a few numbers more.
+    # This many samples fit into a cache, with a few more numbers.
     monkeypatch.setattr(cpu, "_IN_CACHE", samples * 60 + samples % 2)
     behind = {"behind": lambda outputs: [transposed(y) for y in outputs]} if turned else {}
     check(layer_of(**parameters), chunks_of(5, 2, 1), **behind)
@@ -127,7 +127,7 @@ def test_a_backward_of_many_samples_goes_in_parts(
 
 
 @ALL_LARGE
-def test_only_a_replica_that_the_loss_knows_needs_parts(
+def test_only_replicas_in_the_loss_need_parts(
     layer_of, chunks_of, check, monkeypatch, passes, one_node_calls
 ):
     monkeypatch.setattr(cpu, "_IN_CACHE", 120)
@@ -184,7 +184,7 @@ def batch_norms(monkeypatch):
 @PARAMETERS
 @LAYOUTS
 @pytest.mark.parametrize("few", [59, 60, 119])
-def test_many_elements_of_channels_last_have_another_kernel(
+def test_large_channels_last_batches_use_another_kernel(
     few, layout, parameters, layer_of, chunks_of, check, monkeypatch, batch_norms, one_node_calls
 ):
     monkeypatch.setattr(cpu, "_FEW", few)
@@ -195,7 +195,7 @@ def test_many_elements_of_channels_last_have_another_kernel(
 
 
 @ALL_LARGE
-def test_halves_of_channels_last_have_no_other_kernel_in_the_forward(
+def test_half_channels_last_batches_use_the_same_kernel_in_the_forward(
     layer_of, chunks_of, step, run_replicas, monkeypatch, batch_norms, one_node_calls
 ):
     monkeypatch.setattr(cpu, "_FEW", 0)

@@ -1,4 +1,4 @@
-"""What forks of this idea override is honored, and runs as often and where it always did."""
+"""The methods that forks override are called, as often and in the same thread as in vendored folders."""
 
 import threading
 
@@ -52,7 +52,7 @@ def test_the_master_callback_decides_what_a_replica_normalizes_with(fused, chunk
 
 
 @FUSED
-def test_compute_mean_std_is_given_the_whole_batch_and_decides_what_comes_of_it(fused, chunks, run_replicas):
+def test_compute_mean_std_gets_the_whole_batch_and_decides_the_result(fused, chunks, run_replicas):
     given = []
 
     class Fork(SynchronizedBatchNorm2d):
@@ -68,7 +68,7 @@ def test_compute_mean_std_is_given_the_whole_batch_and_decides_what_comes_of_it(
     torch.testing.assert_close(m2.double(), batch.var((0, 2, 3), correction=0) * 96, rtol=1e-5, atol=0)
     assert count == 96
     torch.testing.assert_close(outputs, [2 * chunk for chunk in chunks])
-    # It also moves the running statistics, so a fork that does not call it has unmoved ones.
+    # It also updates the running statistics, so they do not change in a fork that does not call it.
     assert layer.num_batches_tracked == 0
 
 
@@ -83,7 +83,7 @@ def test_a_replication_callback_of_a_fork_sees_every_replica_the_master_first(re
     assert seen == [("net.0", 0), ("net.0", 1), ("net.0", 2)]
 
 
-def test_a_fork_that_ignores_the_callback_stays_alone(replicas_of):
+def test_a_fork_that_ignores_the_callback_does_not_synchronize(replicas_of):
     class Fork(SynchronizedBatchNorm2d):
         def __data_parallel_replicate__(self, ctx, copy_id):
             self._place = None

@@ -46,7 +46,7 @@ def settings(layer):
     return layer.eps, layer.momentum, layer.eps_mode, layer.fused, layer.note, layer.training
 
 
-def test_a_pickle_carries_all_but_the_process_group(layer):
+def test_a_pickle_has_everything_except_the_process_group(layer):
     with pytest.warns(UserWarning, match=NOT_PICKLED):
         loaded = pickle.loads(pickle.dumps(layer))
     torch.testing.assert_close(loaded.state_dict(), layer.state_dict(), **EXACTLY)
@@ -81,7 +81,7 @@ def test_this_process_survives_pickles_and_copies_as_itself():
     assert copy.deepcopy(layer).process_group is THIS_PROCESS
 
 
-def test_a_copy_of_a_replica_is_a_layer_alone(replicas_of):
+def test_a_copy_of_a_replica_does_not_synchronize(replicas_of):
     replica = replicas_of(SynchronizedBatchNorm2d(3), 2).modules[1]
     for clone in (copy.deepcopy(replica), pickle.loads(pickle.dumps(replica)), copy.copy(replica)):
         clone(torch.randn(2, 3, 4, 4))  # would wait for the other replica
@@ -132,7 +132,7 @@ def test_a_change_of_class_makes_one_of_torchs_layers_ours(
     [lambda m: m.half(), lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.to("meta")],
     ids=["half", "double", "bfloat16", "meta"],
 )
-def test_a_layer_moves_as_torchs_own(move, layer, stock_twin):
+def test_a_layer_changes_device_and_dtype_as_torchs_own(move, layer, stock_twin):
     twin = move(stock_twin(layer, 4))
     for name, tensor in move(layer).state_dict().items():
         theirs = twin.state_dict()[name]
@@ -152,7 +152,7 @@ def test_device_and_dtype_are_those_asked_for():
     assert layer.weight.dtype == layer.running_var.dtype == torch.float64
 
 
-def test_resets_make_a_new_layer_of_an_old_one(randomize):
+def test_resets_restore_a_new_layer(randomize):
     layer = randomize(SynchronizedBatchNorm2d(3))
     layer.num_batches_tracked.fill_(7)
     layer.reset_parameters()

@@ -33,7 +33,7 @@ class FanOut(nn.Module):
 
 
 class InOrder:
-    """Lets the replicas come to every layer in one given order, each after the one before is on its way."""
+    """Lets the replicas arrive at every layer in a given order, each when the previous one waits."""
 
     def __init__(self, order):
         self._order = order
@@ -48,7 +48,7 @@ class InOrder:
 
 
 def train(replicas_of, weighted_sum, fused, order=None):
-    """Everything that one step makes, as bytes."""
+    """All results of one step, as bytes."""
     torch.manual_seed(0)
     model = FanOut(fused)
     inputs = [torch.randn(size, 5, requires_grad=True) for size in (7, 4, 6)]

@@ -22,7 +22,7 @@ EPS = 1e-5
 
 @pytest.fixture(params=["plain", "cpu", "cpu, more than a cache holds"])
 def statistics(request, monkeypatch):
-    """Every function that takes the statistics of one batch here."""
+    """Every function that computes the statistics of one batch here."""
     if request.param == "cpu, more than a cache holds":
         monkeypatch.setattr(cpu, "_FEW", 0)
         monkeypatch.setattr(cpu, "_IN_CACHE", 0)
@@ -38,7 +38,7 @@ def by_numpy(x):
 
 
 def count_of(x):
-    """How many values of ``(N, C, *)`` each channel has."""
+    """The number of values of ``(N, C, *)`` per channel."""
     return x[:, 0].numel()
 
 

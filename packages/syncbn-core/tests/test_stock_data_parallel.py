@@ -1,4 +1,4 @@
-"""Replicas made by a stock nn.DataParallel synchronize too, though nobody tells them who belongs together."""
+"""Replicas made by a stock nn.DataParallel synchronize too, although nothing says which belong together."""
 
 import gc
 import sys
@@ -20,7 +20,7 @@ REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call pat
 
 
 def copies(tensors, devices, detach=False):
-    """What torch's broadcast makes: the tensors themselves for the first device, copies for the others."""
+    """What torch's broadcast returns: the tensors themselves for the first device, copies for the others."""
     return [list(tensors), *([t.clone() for t in tensors] for _ in devices[1:])]
 
 
@@ -41,7 +41,7 @@ def replicate_by_a_loop(network, devices):
 
 @pytest.fixture(params=["torch's own replicate", "a loop of the user"])
 def replicate(request, monkeypatch):
-    """Make that many replicas on the CPU, where torch's broadcast refuses."""
+    """Make this number of replicas on the CPU, for which torch's broadcast raises an error."""
     torchs = sys.modules["torch.nn.parallel.replicate"]
     monkeypatch.setattr(torchs, "_get_device_index", lambda device, optional: device)
     monkeypatch.setattr(torchs, "_broadcast_coalesced_reshape", copies)
@@ -78,7 +78,7 @@ def make_inputs(*sizes):
 
 @pytest.fixture
 def assert_whole_batch(run, stock_twin, train_step):
-    """Train one step and show that torch's own layers make the same of the whole batch."""
+    """Train one step and check that torch's own layers give the same for the whole batch."""
 
     def check(model, inputs):
         twin = nn.Sequential(*(stock_twin(m, 2) if isinstance(m, nn.BatchNorm1d) else m for m in model))
@@ -130,13 +130,13 @@ def test_the_forward_after_a_failed_one_is_right(place, culprit, run, assert_who
             x = module(x)
         return x
 
-    monkeypatch.setenv("SYNCBN_TIMEOUT", "0.2")  # how long those wait whom the culprit has never met
+    monkeypatch.setenv("SYNCBN_TIMEOUT", "0.2")  # for replicas that have not synchronized yet
     with pytest.raises((ValueError, BrokenSyncError)) as caught:
         run(model, make_inputs(2, 2, 2), work)
     monkeypatch.delenv("SYNCBN_TIMEOUT")
     assert_whole_batch(model, make_inputs(1, 3, 2))
     assert_whole_batch(model, make_inputs(3, 2))
-    # An error keeps the frames that it passed, and by them the replicas of the failed forward, up to here.
+    # Until here, an error keeps its frames, and so the replicas of the failed forward.
     assert caught.value is boom or isinstance(caught.value, BrokenSyncError)
 
 
@@ -157,7 +157,7 @@ def test_a_forward_that_fails_before_any_layer_does_not_count_in_the_next(
     del caught  # it keeps the replicas of the failed forward alive up to here
 
 
-def test_a_replica_that_ends_after_it_has_met_the_others_is_missed_at_once(replicate, run_threads):
+def test_if_a_replica_ends_after_its_first_layer_the_others_get_an_error_at_once(replicate, run_threads):
     replicas = replicate(make_model(), 3)
     boom = ValueError("boom")
 
@@ -175,7 +175,7 @@ def test_a_replica_that_ends_after_it_has_met_the_others_is_missed_at_once(repli
         assert any(REMEDY in note for note in outcome.__notes__)
 
 
-def test_a_replica_that_ends_before_it_has_met_anybody_is_waited_for_until_the_timeout(
+def test_if_a_replica_ends_before_its_first_layer_the_others_wait_until_the_timeout(
     replicate, run_threads, monkeypatch
 ):
     monkeypatch.setenv("SYNCBN_TIMEOUT", "0.2")
@@ -221,10 +221,10 @@ def test_nothing_is_kept_alive_after_the_forward(replicate, run_threads):
 
 
 class Context:
-    """What vendored replication callbacks pass on: an object that knows no group."""
+    """The context of vendored replication callbacks: an object without a group."""
 
 
-def test_a_context_that_knows_no_group_changes_nothing(replicate, run_threads):
+def test_a_context_without_a_group_changes_nothing(replicate, run_threads):
     replicas = replicate(make_model(), 2)
     contexts = [Context(), Context()]
     for rank, replica in enumerate(replicas):
@@ -236,7 +236,7 @@ def test_a_context_that_knows_no_group_changes_nothing(replicate, run_threads):
     torch.testing.assert_close(torch.cat(outputs), whole, rtol=1e-9, atol=1e-12)
 
 
-def test_replicas_that_cannot_be_told_apart_are_an_error_that_names_the_way_out():
+def test_replicas_that_cannot_be_told_apart_are_an_error_that_says_what_to_do():
     layers = [SynchronizedBatchNorm1d(3) for _ in range(2)]
     twice, thrice = (
         [layer._replicate_for_data_parallel() for _ in range(n)] for layer, n in zip(layers, (2, 3))
@@ -249,7 +249,7 @@ def test_replicas_that_cannot_be_told_apart_are_an_error_that_names_the_way_out(
         thrice[2](torch.randn(2, 3))
 
 
-def test_one_nn_data_parallel_inside_of_another_is_told_to_be_one(replicate, run):
+def test_an_nn_data_parallel_inside_another_is_an_error(replicate, run):
     outer = replicate(make_model(), 2)
     with pytest.raises(RuntimeError, match=r"expected one data-parallel wrapper around .* got one inside"):
         run(outer[0], make_inputs(2, 2))

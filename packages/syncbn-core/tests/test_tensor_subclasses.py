@@ -7,13 +7,13 @@ from torch import nn
 from syncbn_core import SynchronizedBatchNorm2d
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-WAYS = [  # of replicas; a composite layer has but one
+WAYS = [  # of replicas; a composite layer has only one
     *(("joined", True), ("one node", True), ("three nodes", True), ("joined", False)),
 ]
 
 
 class Labeled(torch.Tensor):
-    """A tensor with a label that every result of an operation takes over, as MONAI's MetaTensor does."""
+    """A tensor with a label that the results of operations take over, as with MONAI's MetaTensor."""
 
     label = "none"
 
@@ -86,7 +86,7 @@ def test_replicas_give_what_torchs_own_layer_gives(
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("eps_mode", ["plus", "clamp"])
-def test_alone_too(eps_mode, training):
+def test_a_layer_without_replicas_gives_the_same(eps_mode, training):
     layer = SynchronizedBatchNorm2d(4, eps_mode=eps_mode).train(training)
     y = layer(wrapped(Labeled, torch.randn(2, 4, 3, 5)))
     assert type(y) is Labeled

@@ -1,4 +1,4 @@
-"""Replicas are one batch: outputs, gradients and running statistics are those of torch's own layer on it."""
+"""Replicas are one batch: outputs, gradients and running statistics are as of torch's own layer on it."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_every_option_equals_the_whole_batch_step_after_step(
 def test_one_sample_per_replica_is_enough(fused, randomize, assert_equals_whole_batch):
     layer = randomize(SynchronizedBatchNorm1d(4, fused=fused, dtype=torch.float64))
     chunks = chunks_of([1, 1], (), dtype=torch.float64)
-    # Of two values, dx is what is left of numbers a thousand times its size.
+    # For two values, dx is a difference of numbers a thousand times its size.
     assert_equals_whole_batch(layer, chunks, rtol=1e-9, atol=1e-12)
 
 
@@ -105,7 +105,7 @@ def test_channels_last_stays_channels_last(
 def test_half_inputs_give_half_outputs(dtype, half_layer, fused, randomize, assert_equals_whole_batch):
     layer = randomize(SynchronizedBatchNorm2d(4, fused=fused, dtype=dtype if half_layer else None))
     chunks = chunks_of([2, 3], (6, 5), dtype=dtype)
-    roundings = 4 * torch.finfo(dtype).eps  # of numbers of order 1
+    roundings = 4 * torch.finfo(dtype).eps  # for numbers of order 1
     ours = assert_equals_whole_batch(layer, chunks, rtol=roundings, atol=roundings)
     assert ours["y"].dtype == ours["dx"].dtype == dtype
 

@@ -1,4 +1,4 @@
-"""A program that uses the package as its users do, for a type checker to look at; it also runs."""
+"""A program that uses the package as users do, for a type checker; it also runs."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from syncbn_core import (
 
 
 def build(channels: int) -> nn.Sequential:
-    """Put a layer of every kind to use."""
+    """Use a layer of every kind."""
     set_sbn_eps_mode("plus")
     return nn.Sequential(
         SynchronizedBatchNorm2d(channels, eps=1e-3, momentum=None, affine=False, process_group=THIS_PROCESS),
@@ -31,7 +31,7 @@ def build(channels: int) -> nn.Sequential:
 
 
 def as_torchs(layer: SynchronizedBatchNorm2d) -> nn.BatchNorm2d:
-    """Pass a layer for one of torch's."""
+    """Pass a layer where one of torch's is expected."""
     return layer
 
 

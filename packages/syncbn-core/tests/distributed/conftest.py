@@ -1,4 +1,4 @@
-"""Processes to run tests in: lasting ones by their number, and new ones for tests that break them."""
+"""Worker processes for tests: shared ones by their number, and new ones for tests that break them."""
 
 import runpy
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ Processes = runpy.run_path(str(Path(__file__).with_name("processes.py")))["Proce
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Callable[[int], Any]]:
-    """Hand out the lasting processes of a world size; new ones where a test has ended them."""
+    """Return the shared processes of a world size; new ones if a test has ended them."""
     known: dict[int, Any] = {}
 
     def of_size(world_size: int) -> Any:
@@ -27,7 +27,7 @@ def processes() -> Iterator[Callable[[int], Any]]:
 
 @pytest.fixture
 def new_processes() -> Iterator[Callable[..., Any]]:
-    """Hand out processes of the test's own."""
+    """Return processes for one test only."""
     started: list[Any] = []
 
     def start(*args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Lasting worker processes of one gloo group, and what the functions that run in them find there.
+"""Worker processes of one gloo group that are kept, and helpers for the functions that run in them.
 
-A test calls a function of its own file in every process at once. The processes of one size stay for the
-whole session, since each takes seconds to import torch; where a call fails, they are ended and the next test
-gets new ones. Every wait has a limit.
+A test calls a function of its own file in every process at once. The processes of one size stay for the whole
+session, since each takes seconds to import torch. If a call fails, they are ended, and the next test gets new
+ones. Every wait has a limit.
 
-The file is both sides: the tests load it for `Processes`, and each worker runs it as a program.
+The file has both sides: the tests load it for `Processes`, and each worker runs it as a program.
 """
 
 import faulthandler
@@ -37,12 +37,12 @@ GROUP_SECONDS = 60.0
 
 
 class Processes:
-    """Worker processes, from outside.
+    """Worker processes, as the tests see them.
 
     Args:
         world_size: how many.
         group_seconds: the timeout of their collectives.
-        environment: variables that they see besides this process's own.
+        environment: further environment variables for them.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Processes:
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call ``function(world, *arguments)`` in all of them; return results or tracebacks, in rank order.
 
-        A function of this process stands for the one of the same name in the same file there. What has no
-        outcome in time, or no more, is None.
+        The workers call the function of the same name in the same file. The outcome is None if a worker has
+        none in time, or has ended.
         """
         call = pickle.dumps((function.__code__.co_filename, function.__qualname__, arguments))
         for pipe in self._pipes:
@@ -96,11 +96,11 @@ class Processes:
 
     @property
     def ended(self) -> bool:
-        """Whether they have been ended."""
+        """Whether the processes have been ended."""
         return not self._pipes
 
     def end(self) -> None:
-        """End them, whatever they do."""
+        """End the processes, whatever they do."""
         for worker in self._workers:
             worker.kill()
             worker.wait(CALL_SECONDS)
@@ -111,24 +111,24 @@ class Processes:
 
 
 class World:
-    """What a function that runs in a worker is given."""
+    """The first argument of a function that runs in a worker."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
 
     def share(self, whole: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        """Return this process's rows of the whole batch: equally many each, if the sizes are not given."""
+        """Return this process's rows of the whole batch; without sizes, all have the same number."""
         return whole.split(sizes if sizes is not None else len(whole) // self.size)[self.rank]
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Add up what the processes have."""
+        """Return the sum over the processes."""
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total
 
     def total_gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the gradients that one process alone would have, by the names of the parameters."""
+        """Return the gradients that a single process would have, by the names of the parameters."""
         return {
             name: self.total(torch.zeros_like(p) if p.grad is None else p.grad)
             for name, p in model.named_parameters()
@@ -143,12 +143,10 @@ class World:
         intercepted: bool = False,
         **tolerance: float,
     ) -> None:
-        """Train a step on this share, and a twin on the whole batch; compare all that comes of it.
-
-        Of a wrapped model that is the gradients and buffers of its module.
-
-        Every output has a weight of its own in the loss: the gradient of a batch norm's plain sum is zero.
-        Where what is saved for backward is intercepted, a layer is three nodes instead of one.
+        """Train a step on this share, and a twin on the whole batch; compare all results. For a wrapped
+        model, these are the gradients and buffers of its module. Every output has another weight in the loss,
+        because the gradient of a batch norm's plain sum is zero. If saved tensors are intercepted, a layer
+        has three nodes instead of one.
         """
         model.zero_grad()
         twin.zero_grad()
@@ -168,7 +166,7 @@ class World:
         torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), **tolerance)
 
     def shuffle_sequence(self, root: Tensor, seed: int) -> int:
-        """Give the Merge nodes of a graph random sequence numbers, by process; return how many they are."""
+        """Give the Merge nodes of a graph random sequence numbers, by process; return their count."""
         draw = random.Random(f"{self.rank} {seed}")
         merges = [node for node in nodes_behind(root) if hasattr(node, "chain")]
         for node in merges:
@@ -212,7 +210,7 @@ def nodes_behind(root: Tensor) -> list[Node]:
 
 
 def serve(pipe: Connection, world: World) -> None:
-    """Run functions as they are asked for, until nobody asks any more."""
+    """Run functions as they are requested, until the requests end."""
     modules: dict[str, Any] = {}
     while True:
         try:
@@ -233,7 +231,7 @@ def serve(pipe: Connection, world: World) -> None:
 
 
 def main() -> None:
-    """Be a worker."""
+    """Run a worker."""
     pipe, rank, world_size = (int(argument) for argument in sys.argv[1:4])
     seconds, folder = float(sys.argv[4]), Path(sys.argv[5])
     faulthandler.enable()

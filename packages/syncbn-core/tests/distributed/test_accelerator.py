@@ -1,4 +1,4 @@
-"""Processes of simulated devices: any number of devices in each is the whole batch, at few collectives."""
+"""Processes with simulated devices, any number in each: they equal the whole batch, with few collectives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Processes = runpy.run_path(str(Path(__file__).with_name("processes.py")))["Proce
 
 @pytest.fixture(scope="module")
 def of_devices(accelerator: ModuleType) -> Iterator[Callable[[], Any]]:
-    """Hand out two processes that can import the accelerator; new ones where a test has ended them."""
+    """Return two processes that can import the accelerator; new ones if a test has ended them."""
     folder = str(Path(accelerator.__file__ or "").parents[1])
     path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
     known: list[Any] = []
@@ -68,7 +68,7 @@ def layer_on(device: str, **options: Any) -> nn.Module:
 
 
 def devices_of(rank: int, count: int) -> list[str]:
-    """Name a process's devices; no two processes have one in common, but where one has several replicas."""
+    """Name a process's devices. No device is in two processes, unless one process has several replicas."""
     return [f"sim:{(2 * rank + replica) % 4}" for replica in range(count)]
 
 
@@ -96,7 +96,7 @@ def launches(world: Any, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, 
     device = f"sim:{world.rank}"
     layer = layer_on(device, process_group=group_of_devices(), dtype=parameters)
     x = torch.randn(2, 4, 3, 5, dtype=dtype, device=device).requires_grad_()
-    for _ in range(2):  # in the second, whatever is kept has been made
+    for _ in range(2):  # in the second, everything that is kept exists already
         x.grad = layer.weight.grad = layer.bias.grad = None
         with simulated_accelerator.counted() as forward:
             y = layer(x)

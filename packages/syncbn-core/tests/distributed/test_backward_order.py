@@ -1,7 +1,7 @@
-"""All processes issue the collectives of a backward in one order, whatever else differs between them.
+"""All processes issue the collectives of a backward in one order, even if they differ otherwise.
 
-The order in which autograd runs what is ready follows sequence numbers. Here those of the Merge nodes are
-drawn at random, others in each process: only what the graph itself enforces is left.
+Autograd runs the nodes that are ready in the order of their sequence numbers. Here the numbers of the Merge
+nodes are random and differ between processes, so only the graph itself enforces an order.
 """
 
 import pytest
@@ -76,5 +76,5 @@ def repeat_backward_without_chains(world, repetitions):
 
 def test_without_the_chains_it_is_not(new_processes):
     outcomes = new_processes(2, group_seconds=5).outcomes(repeat_backward_without_chains, REPETITIONS)
-    # Mixed up, or a timeout, or the end of the process by gloo itself: never right.
+    # Mixed up, or a timeout, or gloo ends the process: never right.
     assert all(outcome is None or "error" in outcome for outcome in outcomes)

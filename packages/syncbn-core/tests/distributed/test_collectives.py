@@ -1,4 +1,4 @@
-"""How often processes talk: once in a forward, once in a backward, and all of them or none."""
+"""How often processes communicate: once in a forward, once in a backward, and all of them or none."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def count_in_evaluation(world):
     assert not calls, calls
 
 
-def test_a_frozen_layer_talks_to_nobody(processes):
+def test_a_frozen_layer_does_not_communicate(processes):
     processes(2).run(count_in_evaluation)
 
 
@@ -121,13 +121,13 @@ def train_with_checkpoints(world):
             y = model(x)
             with world.counted() as calls:
                 (y * weights).sum().backward()
-            assert calls.total() == 2, calls  # DDP's own are none of the module's functions
+            assert calls.total() == 2, calls  # DDP's own collectives are not functions of the module
     gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (checkpointed, plain)]
     torch.testing.assert_close(*gradients, **EXACT)
     torch.testing.assert_close(checkpointed.state_dict(), plain.state_dict(), **EXACT)
 
 
-def test_the_recomputation_of_a_checkpoint_talks_to_nobody_and_moves_no_statistics(processes):
+def test_the_recomputation_of_a_checkpoint_does_not_communicate_or_update_statistics(processes):
     processes(2).run(train_with_checkpoints)
 
 
@@ -144,9 +144,9 @@ def accumulate(world):
     for x, w in zip(whole, weights):
         (twin(x) * w).sum().backward()
     for ours, theirs in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(ours.grad * world.size, theirs.grad, **EXACT)  # DDP's are means
+        torch.testing.assert_close(ours.grad * world.size, theirs.grad, **EXACT)  # DDP's gradients are means
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), **EXACT)
 
 
-def test_under_no_sync_gradients_accumulate_and_statistics_are_shared_still(processes):
+def test_under_no_sync_gradients_accumulate_and_statistics_are_still_shared(processes):
     processes(2).run(accumulate)

@@ -1,4 +1,4 @@
-"""In DistributedDataParallel the collectives of all processes have one order, whatever the batches are."""
+"""In DistributedDataParallel the collectives of all processes have one order, whatever their batches."""
 
 import copy
 

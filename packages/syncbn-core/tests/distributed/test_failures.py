@@ -1,4 +1,4 @@
-"""A process that dies, raises or goes elsewhere is an error in the others, and no hang."""
+"""If a process dies, raises or calls another layer, the others get an error and do not hang."""
 
 import os
 import re
@@ -89,7 +89,7 @@ def go_astray(world, way):
         ),
     ],
 )
-def test_the_check_says_who_is_where(way, where, new_processes):
+def test_the_check_reports_the_place_of_each_process(way, where, new_processes):
     errors = new_processes(2, GROUP_SECONDS, CHECKED).run(go_astray, way)
     sending = "sending 9 numbers of torch.float64"  # mean, m2 and count of 4 channels
     expected = (
@@ -106,7 +106,7 @@ def train_checked(world):
     return layer.num_batches_tracked.item()
 
 
-def test_the_check_lets_what_is_right_pass(new_processes):
+def test_the_check_accepts_correct_programs(new_processes):
     assert new_processes(2, GROUP_SECONDS, CHECKED).run(train_checked) == [2, 2]
 
 

@@ -14,7 +14,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 class Labeled(torch.Tensor):
-    """A tensor with a label that every result of an operation takes over."""
+    """A tensor with a label that the results of operations take over."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -43,7 +43,7 @@ def train_on_subclass(world, fused):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
-def test_a_subclass_of_tensor_comes_out_as_one(fused, processes):
+def test_the_output_keeps_the_subclass_of_tensor(fused, processes):
     processes(2).run(train_on_subclass, fused)
 
 
@@ -66,7 +66,7 @@ def test_many_gradients_at_once_are_an_error_that_says_so(fused, processes):
 
 
 class Twice(nn.Module):
-    """Two calls, of one layer or of two."""
+    """Two calls, of one layer or of two layers."""
 
     def __init__(self, is_shared):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Many processes send sums in the forward in place of a gather; the numbers are those of the whole batch.
+"""Many processes send sums in the forward instead of a gather; the results are those of the whole batch.
 
 "Many" is a constant, which these tests set to 2.
 """
@@ -105,7 +105,7 @@ def train_on_nothing(world):
     torch.testing.assert_close(layer.running_var, torch.ones(3), rtol=0, atol=0)
 
 
-def test_empty_batches_in_all_processes_move_no_running_statistics(processes):
+def test_empty_batches_in_all_processes_update_no_running_statistics(processes):
     processes(2).run(train_on_nothing)
 
 
@@ -135,5 +135,5 @@ def test_ddp_with_an_empty_batch_has_the_gradients_of_the_whole_batch(sizes, pro
 
 
 @pytest.mark.full
-def test_nine_processes_of_which_one_has_an_empty_batch(new_processes):
+def test_nine_processes_one_with_an_empty_batch(new_processes):
     new_processes(9).run(train_in_ddp, [0, *[2] * 8])

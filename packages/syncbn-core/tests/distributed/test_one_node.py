@@ -1,4 +1,4 @@
-"""Every process makes one autograd node for its replicas, one or several, and all processes are one batch."""
+"""Every process makes one autograd node for its replicas, and all processes are one batch."""
 
 import runpy
 from pathlib import Path
@@ -13,7 +13,7 @@ from syncbn_core import SynchronizedBatchNorm2d
 from syncbn_core._autograd import joined_node, one_node
 from syncbn_core._replicas.recomputation import may_be_intercepted
 
-# As where there are no processes; pytest has that file for itself.
+# The same as without processes; only pytest can import that file.
 Replicas = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["Replicas"]
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -28,19 +28,19 @@ def randomized(layer):
 
 
 def train(world, sizes, steps=2, layout="contiguous_format", three_nodes=(), used=None, momentum=0.1):
-    """Compare with the whole batch, whose samples all replicas of all processes share, by rank.
+    """Compare with the whole batch, which is split over all replicas of all processes, by rank.
 
     Args:
         world: the processes.
         sizes: the samples of every replica, for every process.
         steps: how many.
         layout: of the inputs.
-        three_nodes: the processes in whose first replica what is saved is intercepted.
+        three_nodes: the processes in which a hook intercepts the saved tensors of the first replica.
         used: the replicas whose outputs are in the loss, counted over all processes; None for all.
         momentum: the layers'.
 
     Returns:
-        How many shares one node was made for in this process, for every step.
+        The number of shares of the node of this process, for every step.
     """
     layer = randomized(SynchronizedBatchNorm2d(C, eps=0.3, momentum=momentum, dtype=torch.float64))
     twin = nn.BatchNorm2d(C, eps=0.3, momentum=momentum, dtype=torch.float64)
@@ -84,7 +84,7 @@ def train(world, sizes, steps=2, layout="contiguous_format", three_nodes=(), use
 
 
 def in_one_node(*shares):
-    """What `train` returns in each process; nothing where torch does not tell what is intercepted."""
+    """Run `train` in each process; return its results, or nothing if torch does not report hooks."""
     return [[] if may_be_intercepted() else list(each) for each in shares]
 
 

@@ -1,4 +1,4 @@
-"""Whom a layer synchronizes with: everybody, a group, or this process alone."""
+"""The processes that a layer synchronizes with: all, a group, or this process alone."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def batches(world):
-    """What each process has, (P, N, C)."""
+    """The batch of each process, (P, N, C)."""
     return torch.randn(world.size, 3, 5, dtype=torch.float64)
 
 
@@ -66,7 +66,7 @@ def train_alone(world):
     assert not calls, calls
 
 
-def test_this_process_means_no_other(processes):
+def test_this_process_synchronizes_with_no_other_process(processes):
     processes(2).run(train_alone)
 
 
@@ -79,7 +79,7 @@ def train_with_a_group_of_others(world):
         return str(error)
 
 
-def test_a_process_outside_of_the_group_is_told_so(processes):
+def test_a_process_outside_the_group_gets_an_error(processes):
     inside, outside = processes(2).run(train_with_a_group_of_others)
     assert inside is None
     assert outside == (

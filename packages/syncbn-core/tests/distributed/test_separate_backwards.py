@@ -1,4 +1,4 @@
-"""What is differentiated apart stays apart: no graph holds on to another one's, in any of the processes."""
+"""Graphs that are differentiated separately stay separate: none keeps another one alive, in any process."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What one meets in training: several steps, uneven and empty shares, evaluation in between."""
+"""Ordinary training: several steps, uneven and empty shares, evaluation in between."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def train_on_a_single_value(world):
         return str(error)
 
 
-def test_one_value_per_channel_in_all_processes_is_torch_own_error_in_each(processes):
+def test_one_value_per_channel_in_all_processes_is_torchs_own_error_in_each(processes):
     errors = processes(2).run(train_on_a_single_value)
     expected = "Expected more than 1 value per channel when training"
     assert [expected in str(error) for error in errors] == [True, True]
@@ -78,7 +78,7 @@ def train_on_nothing(world, fused):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
-def test_empty_batches_in_all_processes_come_back_empty_and_teach_nothing(fused, processes):
+def test_empty_batches_in_all_processes_give_empty_outputs_and_update_nothing(fused, processes):
     processes(2).run(train_on_nothing, fused)
 
 
@@ -91,7 +91,7 @@ def track_sizes_far_apart(world):
     torch.testing.assert_close(layer.state_dict(), twin.state_dict(), **EXACT)
 
 
-def test_running_statistics_are_exact_where_shares_differ_ten_thousandfold(processes):
+def test_running_statistics_are_exact_if_shares_differ_ten_thousandfold(processes):
     processes(2).run(track_sizes_far_apart)
 
 
@@ -104,7 +104,7 @@ def train_with_batches_by_rank(world):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_gradients_are_exact_where_batch_sizes_differ(world_size, processes):
+def test_gradients_are_exact_if_batch_sizes_differ(world_size, processes):
     processes(world_size).run(train_with_batches_by_rank)
 
 
@@ -118,12 +118,12 @@ def evaluate_on_one_process(world):
     layer.train()(torch.randn(2, 3, 4, 4))
 
 
-def test_one_process_may_evaluate_while_the_others_go_on(processes):
+def test_one_process_may_evaluate_while_the_others_train(processes):
     processes(4).run(evaluate_on_one_process)
 
 
 def repeat(world):
-    """Return the bits of what a forward and backward make, which all processes have to agree on."""
+    """Return the bits of the results of a forward and backward that have to be equal in all processes."""
     layer = SynchronizedBatchNorm2d(16)
     x = torch.randn(4, 16, 5, 5)
     (layer(x + world.rank) * torch.randn(4, 16, 5, 5)).sum().backward()

@@ -1,4 +1,4 @@
-"""Processes are one batch: outputs, gradients and running statistics are those of torch's own layer on it."""
+"""Processes are one batch: outputs, gradients and running statistics are as of torch's own layer on it."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ SHAPES = [
     (SynchronizedBatchNorm, (3, 5)),
 ]
 STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-# What a layer is made of: nodes for this process alone, in all processes or in some; or plain operations.
+# How a layer runs: one node in all processes, three nodes in all or in some, or plain operations.
 PATHS = {"one node": [], "three nodes": [0, 1, 2, 3], "both": [1, 2], "composite": []}
 BY_EVERY_PATH = pytest.mark.parametrize("path", PATHS)
 SPLITS = [[3, 3], [1, 5], [0, 4], [2, 2, 2, 2], [3, 0, 1, 2]]
