@@ -74,7 +74,7 @@ def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_pla
 
 
 @pytest.mark.parametrize("name", ["layer", "model"])
-def test_a_chart_is_drawn_anew_from_its_table(name, tmp_path):
+def test_a_chart_is_drawn_again_from_its_table(name, tmp_path):
     table = tmp_path / f"{name}.md"
     table.write_text((BENCHMARKS / "results" / f"{name}.md").read_text())
     done = subprocess.run(

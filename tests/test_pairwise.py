@@ -38,7 +38,7 @@ def test_pairs_that_no_case_has_are_not_missed():
     assert set().union(*(pairs_of(cases[i]) for i in chosen)) == set().union(*map(pairs_of, cases))
 
 
-def test_of_a_single_parameter_all_values_stay():
+def test_all_values_of_a_single_parameter_stay():
     assert pairwise_cover([{"a": 0}, {"a": 1}, {"a": 2}]) == {0, 1, 2}
 
 

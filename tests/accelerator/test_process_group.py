@@ -119,7 +119,7 @@ def a_collective_that_one_process_leaves_out(world):
     dist.barrier()  # of gloo: process 1 stays until then
 
 
-def test_a_process_that_does_not_come_is_a_runtime_error_after_the_timeout(processes):
+def test_a_process_that_does_not_arrive_is_a_runtime_error_after_the_timeout(processes):
     processes.run(a_collective_that_one_process_leaves_out)
 
 

@@ -14,7 +14,7 @@ def test_a_group_has_at_least_one_replica(world_size):
 
 
 @pytest.mark.parametrize("rank", [-1, 2, "0", None])
-def test_a_rank_that_is_not_there_is_refused(rank):
+def test_a_rank_that_does_not_exist_is_refused(rank):
     with pytest.raises(ValueError, match=r"expected rank to be from 0 to 1, got"):
         ReplicaGroup(2).member(rank)
     if rank is not None:

@@ -34,7 +34,7 @@ def test_broadcast_gives_everybody_the_object_of_the_source(threads, src):
     assert all(result is objects[src] for result in results)
 
 
-def test_replicas_that_disagree_on_the_source_are_told_so(threads):
+def test_replicas_that_disagree_on_the_source_get_an_error(threads):
     outcomes = run_all(threads, 2, lambda r: r.broadcast(1, src=r.rank))
     for outcome in outcomes:
         assert type(outcome) is BrokenSyncError
@@ -42,12 +42,12 @@ def test_replicas_that_disagree_on_the_source_are_told_so(threads):
 
 
 @pytest.mark.parametrize("src", [-1, 2])
-def test_a_source_that_is_not_there_is_an_error(src):
+def test_a_source_that_does_not_exist_is_an_error(src):
     with pytest.raises(ValueError, match=rf"expected src to be from 0 to 1, got {src}"):
         ReplicaGroup(2).member(0).broadcast(1, src=src)
 
 
-def test_nobody_passes_a_barrier_before_all_have_come(threads):
+def test_nobody_passes_a_barrier_before_all_have_arrived(threads):
     before, seen = [], []
 
     def work(replica):

@@ -36,7 +36,7 @@ def test_a_thread_that_is_started_inside_a_block_is_outside_of_it(threads):
         assert threads.run(current_replica) == [None]
 
 
-def test_of_nested_blocks_the_innermost_counts():
+def test_the_innermost_of_nested_blocks_counts():
     outer, inner = ReplicaGroup(2).member(1), ReplicaGroup(3).member(2)
     seen = []
     with outer:

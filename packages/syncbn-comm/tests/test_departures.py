@@ -63,7 +63,7 @@ def test_a_replica_that_stops_early_is_an_error_for_all_others(threads, world_si
     assert group.failed_rank == rank
 
 
-def test_who_comes_after_the_departure_is_told_at_once():
+def test_a_replica_that_arrives_after_the_departure_gets_an_error_at_once():
     group = ReplicaGroup(2, timeout=None)
     with group.member(1):
         pass
@@ -92,7 +92,7 @@ def test_replicas_that_all_leave_break_nothing(threads):
     assert (group.failure, group.failed_rank) == (None, None)
 
 
-def test_two_replicas_that_wait_for_each_other_at_two_places_are_told_so(threads):
+def test_two_replicas_that_wait_at_two_places_get_an_error(threads):
     group = ReplicaGroup(3, timeout=None)
     outcomes = threads.run_members(group, visits("a", "b"), visits("a", "c"), visits("a", "b"))
     text = (
@@ -111,7 +111,7 @@ def test_a_departure_while_others_wait_at_different_places_lists_them(threads, w
     assert_all_told(outcomes, group, ReplicaLeftError, text)
 
 
-def test_a_name_of_the_group_stands_in_front():
+def test_messages_begin_with_the_name_of_the_group():
     group = ReplicaGroup(2, timeout=None, name="focal-loss")
     with group.member(1):
         pass

@@ -52,7 +52,7 @@ def test_a_replica_that_raises_stops_all_others(threads, world_size, culprit, ki
     assert (group.broken, group.failure, group.failed_rank) == (True, boom, rank)
 
 
-def test_a_replica_that_raises_before_everything_is_named_as_such(threads):
+def test_a_failure_before_the_first_rendezvous_is_reported_as_such(threads):
     boom = Boom("first line\nsecond line")
 
     def work(replica):
@@ -66,14 +66,14 @@ def test_a_replica_that_raises_before_everything_is_named_as_such(threads):
     )
 
 
-def test_an_exception_without_words_is_named_by_its_class(threads):
+def test_an_exception_without_a_message_is_named_by_its_class(threads):
     group = ReplicaGroup(2, name="focal-loss")
     group.abort(Boom())
     with pytest.raises(BrokenSyncError, match=r"^focal-loss: aborted: Boom$"):
         group.member(0).barrier()
 
 
-def test_an_exception_whose_words_fail_still_stops_everybody(threads):
+def test_an_exception_whose_str_raises_still_stops_everybody(threads):
     class Mute(Exception):
         def __str__(self):
             raise RuntimeError("no words")
@@ -98,7 +98,7 @@ def test_a_failure_after_the_last_rendezvous_is_placed_there(threads):
         group.member(0).barrier()
 
 
-def test_a_callback_that_raises_gives_the_master_the_original_and_the_rest_its_news(threads):
+def test_the_master_gets_the_exception_of_the_callback_and_the_others_a_broken_sync_error(threads):
     master = SyncMaster(fail, timeout=None, name="layer1.bn1")
     pipes = [master.register_slave(rank) for rank in (1, 2)]
     outcomes = threads.run(
@@ -171,7 +171,7 @@ def test_the_first_failure_wins():
     assert group.failed_rank == 2
 
 
-def test_a_failure_of_the_family_keeps_its_class_for_the_others():
+def test_a_sync_error_keeps_its_class_for_the_others():
     group = ReplicaGroup(2)
     inner = ReplicaLeftError("replica 3 finished")
     group.abort(inner, rank=0)
@@ -230,7 +230,7 @@ def test_a_failure_during_the_combination_stops_rank_0_too(threads, waiting):
         assert_stopped_by(outcome, boom, "aborted: Boom: meanwhile")
 
 
-def test_a_failed_member_used_without_with_still_stops_the_others(threads):
+def test_a_failed_member_without_a_with_block_still_stops_the_others(threads):
     group = ReplicaGroup(2, timeout=None)
     of_zero, of_one = threads.run(*(lambda r=rank: group.member(r).exchange(0, fail) for rank in range(2)))
     assert type(of_zero) is Boom

@@ -63,7 +63,7 @@ def test_no_message_outlives_a_broken_round(threads, waiting):
     assert watched[0]() is None
 
 
-def test_no_message_outlives_a_combination_that_was_in_vain(threads):
+def test_no_message_outlives_a_combination_whose_round_broke(threads):
     group = ReplicaGroup(2, timeout=None)
     watched = []
 

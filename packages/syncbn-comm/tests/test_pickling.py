@@ -35,7 +35,7 @@ def test_a_duplicate_is_a_fresh_master_with_the_same_settings(threads, waiting, 
 
 
 @pytest.mark.parametrize("duplicate", [through_pickle, copy.copy, copy.deepcopy])
-def test_a_duplicate_of_a_broken_master_is_whole(duplicate):
+def test_a_duplicate_of_a_broken_master_is_not_broken(duplicate):
     master = SyncMaster(total)
     master.abort(RuntimeError())
     assert not duplicate(master).broken

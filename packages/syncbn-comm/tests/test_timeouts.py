@@ -59,7 +59,7 @@ def test_a_timeout_tells_where_the_missing_replicas_are(threads, waiting):
         )
 
 
-def test_a_late_replica_is_told_at_once():
+def test_a_late_replica_gets_the_error_at_once():
     group = ReplicaGroup(2, timeout=SHORT)
     with pytest.raises(SyncTimeoutError):
         group.member(0).barrier()
@@ -68,7 +68,7 @@ def test_a_late_replica_is_told_at_once():
     assert caught.value.__cause__ is group.failure
 
 
-def test_a_callback_that_takes_too_long_is_said_to(threads):
+def test_a_callback_that_takes_too_long_is_reported(threads):
     proceed = threading.Event()
     group = ReplicaGroup(2, timeout=SHORT)
 
@@ -119,7 +119,7 @@ def test_the_default_is_five_minutes(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "0", "nan", "inf"])
-def test_nonsense_in_the_environment_is_a_clear_error(monkeypatch, text):
+def test_an_invalid_value_in_the_environment_is_a_clear_error(monkeypatch, text):
     monkeypatch.setenv("SYNCBN_TIMEOUT", text)
     for construct in (lambda: ReplicaGroup(1), lambda: SyncMaster(list), lambda: FutureResult().get()):
         with pytest.raises(SyncError, match=f"expected SYNCBN_TIMEOUT to be a positive .* got '{text}'"):
@@ -127,6 +127,6 @@ def test_nonsense_in_the_environment_is_a_clear_error(monkeypatch, text):
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "soon", [], 1e12])
-def test_nonsense_as_an_argument_is_a_clear_error(timeout):
+def test_an_invalid_argument_is_a_clear_error(timeout):
     with pytest.raises(ValueError, match="expected timeout to be a positive number of seconds"):
         ReplicaGroup(1, timeout=timeout)

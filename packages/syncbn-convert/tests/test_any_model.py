@@ -150,7 +150,7 @@ def without_notes(snapshot: list) -> list:
     ]
 
 
-def behaviour(model: nn.Module) -> list[object]:
+def behavior(model: nn.Module) -> list[object]:
     """State-dict keys, what each batch norm layer on the CPU computes alone, and which hooks it calls."""
     calls.clear()
     seen: list[object] = [list(model.state_dict())]
@@ -172,8 +172,8 @@ def equal(one: object, other: object) -> bool:
     return one == other
 
 
-def assert_same_behaviour(one: nn.Module, other: nn.Module) -> None:
-    expected, got = behaviour(one), behaviour(other)
+def assert_same_behavior(one: nn.Module, other: nn.Module) -> None:
+    expected, got = behavior(one), behavior(other)
     assert len(got) == len(expected)
     assert all(map(equal, got, expected))
 
@@ -190,7 +190,7 @@ def test_converting_changes_the_classes_and_nothing_else(snapshot, model):
         if not isinstance(module, nn.DataParallel):
             assert type(module) is CONVERSIONS.get(cls, cls)
     assert without_notes(snapshot(model)) == without_notes(before)
-    assert_same_behaviour(original, model)
+    assert_same_behavior(original, model)
 
 
 @settings(deadline=None, max_examples=200)
@@ -201,7 +201,7 @@ def test_a_reverted_model_is_the_original(snapshot, model):
     assert revert_model(convert(model)) is model
 
     assert snapshot(model) == before
-    assert_same_behaviour(original, model)
+    assert_same_behavior(original, model)
 
 
 @settings(deadline=None, max_examples=100)
@@ -213,7 +213,7 @@ def test_a_converted_copy_leaves_the_original_and_behaves_alike(snapshot, model)
         converted = convert_model(model, inplace=False)
 
     assert snapshot(model) == before
-    assert_same_behaviour(model, converted)
+    assert_same_behavior(model, converted)
 
 
 @settings(deadline=None, max_examples=100)

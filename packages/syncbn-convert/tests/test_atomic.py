@@ -26,7 +26,7 @@ class Unchangeable(dict):
         raise RuntimeError("no children may be replaced here")
 
 
-def test_a_class_change_that_fails_after_others_succeeded_takes_all_back(snapshot):
+def test_a_class_change_that_fails_after_others_succeeded_reverts_all(snapshot):
     model = nn.Sequential(nn.BatchNorm2d(3), Whole(), nn.SyncBatchNorm(3), Odd(3), nn.BatchNorm2d(3))
     before = snapshot(model)
 
@@ -40,7 +40,7 @@ def test_a_class_change_that_fails_after_others_succeeded_takes_all_back(snapsho
     assert snapshot(model) == before
 
 
-def test_a_parent_that_refuses_a_child_takes_all_back(snapshot):
+def test_a_parent_that_refuses_a_child_reverts_all(snapshot):
     model = nn.Sequential(nn.BatchNorm2d(3), Whole(), nn.Sequential(Whole()))
     model[2]._modules = Unchangeable(model[2]._modules)
     before = snapshot(model)
@@ -103,6 +103,6 @@ def test_reverting_is_all_or_nothing_too(snapshot):
 
 
 @pytest.mark.parametrize("function", [convert_model, revert_model])
-def test_what_is_no_module_is_an_error(function):
+def test_an_argument_that_is_not_a_module_is_an_error(function):
     with pytest.raises(TypeError, match=rf"{function.__name__}: expected an nn\.Module, got \[\]"):
         function([])

@@ -57,7 +57,7 @@ def test_layers_in_every_kind_of_container_are_converted(before, after):
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)),
     ],
 )
-def test_other_layers_are_none_of_its_business(other, snapshot):
+def test_other_layers_stay_as_they_are(other, snapshot):
     model = nn.Sequential(other)
     before = snapshot(model)
 
@@ -66,7 +66,7 @@ def test_other_layers_are_none_of_its_business(other, snapshot):
     assert snapshot(model) == before
 
 
-def test_the_neighbours_of_parametrized_layers_are_converted():
+def test_the_neighbors_of_parametrized_layers_are_converted():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3))
 
     convert_model(model)

@@ -113,7 +113,7 @@ def test_a_subclass_calls_replication_callbacks_from_then_on():
 
 @pytest.mark.parametrize("cls", [nn.DataParallel, Foreign, DataParallelWithCallback])
 @pytest.mark.parametrize("around", [lambda m: m, lambda m: nn.Sequential(m)])
-def test_a_reverted_wrapper_cannot_be_told_from_the_original(cls, around, snapshot):
+def test_a_reverted_wrapper_equals_the_original(cls, around, snapshot):
     model = around(on_cpu(nn.Sequential(nn.BatchNorm1d(3)), cls))
     before = snapshot(model)
 

@@ -114,7 +114,7 @@ def test_one_warning_lists_all_and_tells_what_to_do_at_the_line_of_the_call():
     assert warning.filename == __file__
 
 
-def test_where_warnings_are_errors_the_model_is_as_it_was(snapshot):
+def test_if_warnings_are_errors_the_model_is_as_it_was(snapshot):
     model = nn.Sequential(nn.BatchNorm2d(3), BatchNormReLU(3))
     before = snapshot(model)
 

@@ -75,7 +75,7 @@ def test_the_options_hold_as_in_convert_model():
     assert all((layer.eps_mode, layer.fused) == ("clamp", False) for layer in layers)
 
 
-def test_the_layers_can_be_turned_back():
+def test_the_layers_can_be_reverted():
     with patch_sync_batchnorm(fused=False):
         model = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
     plain = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
@@ -172,7 +172,7 @@ def test_what_another_task_builds_in_the_meantime_is_not_affected():
     assert asyncio.run(main()) == (nn.BatchNorm2d, SynchronizedBatchNorm2d)
 
 
-def test_what_it_cannot_help_it_says_in_one_warning_at_the_line_of_the_block():
+def test_one_warning_at_the_line_of_the_block_lists_the_other_classes():
     def build() -> None:
         Odd(3)
         Odd(3)
@@ -189,7 +189,7 @@ def test_what_it_cannot_help_it_says_in_one_warning_at_the_line_of_the_block():
     assert warning.filename == __file__
 
 
-def test_a_subclass_with_a_registered_class_is_helped():
+def test_a_subclass_with_a_registered_conversion_is_synchronized():
     with register_conversion(Odd, SynchronizedOdd), patch_sync_batchnorm(fused=False):
         layer = Odd(3)
 

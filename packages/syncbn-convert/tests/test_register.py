@@ -200,7 +200,7 @@ def test_the_latest_registration_wins_over_earlier_ones_and_over_the_built_in():
         assert type(convert_model(nn.BatchNorm2d(3))) is Mine
 
 
-def test_a_registration_says_nothing_about_subclasses():
+def test_a_registration_does_not_apply_to_subclasses():
     class Sub(BatchNormReLU):
         pass
 

@@ -20,7 +20,7 @@ def make_model() -> nn.Module:
 
 
 @pytest.mark.parametrize("options", [{}, {"eps_mode": "clamp", "fused": False, "process_group": object()}])
-def test_a_reverted_model_cannot_be_told_from_the_original(options, snapshot):
+def test_a_reverted_model_equals_the_original(options, snapshot):
     model = make_model()
     before = snapshot(model)
 
@@ -38,7 +38,7 @@ def test_a_model_that_was_never_converted_stays_as_it_is(snapshot):
     assert snapshot(model) == before
 
 
-def test_what_was_learned_and_set_since_the_conversion_stays():
+def test_changes_since_the_conversion_stay():
     model = convert_model(nn.Sequential(nn.BatchNorm1d(3)))
     model(torch.randn(8, 3))
     model.eval().double()
@@ -53,7 +53,7 @@ def test_what_was_learned_and_set_since_the_conversion_stays():
     assert model[0].running_mean.dtype is torch.float64
 
 
-def test_an_option_set_by_hand_goes_with_the_conversion():
+def test_an_option_that_was_set_by_hand_is_removed_with_the_conversion():
     model = convert_model(nn.Sequential(nn.BatchNorm2d(3)))
     model[0].fused = False
 

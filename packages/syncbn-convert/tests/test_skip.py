@@ -34,7 +34,7 @@ def synchronized(model: nn.Module) -> list[str]:
         ("", []),
     ],
 )
-def test_what_matches_is_left_alone_with_all_that_it_contains_and_without_a_warning(model, skip, left):
+def test_matching_modules_and_their_contents_are_left_alone_without_a_warning(model, skip, left):
     assert synchronized(convert_model(model, skip=skip)) == left
 
 
@@ -63,6 +63,6 @@ def test_a_pattern_that_matches_nothing_is_an_error(model, snapshot):
 
 
 @pytest.mark.parametrize("rule", [3, nn.BatchNorm2d, nn.BatchNorm2d(3)])
-def test_what_is_neither_a_pattern_nor_a_predicate_is_an_error(model, rule):
+def test_a_rule_that_is_neither_a_pattern_nor_a_predicate_is_an_error(model, rule):
     with pytest.raises(TypeError, match="expected names, patterns and predicates"):
         convert_model(model, skip=[rule])

@@ -58,7 +58,7 @@ class Gather(nn.Module):
         return x - torch.cat(parts).mean(0).to(x.device)
 
 
-def test_replicas_on_several_devices_meet():
+def test_replicas_on_several_devices_synchronize():
     x = torch.randn(7, 4).double()
     model = DataParallelWithCallback(Gather(), [0, 1, 2])
     torch.testing.assert_close(model(x).cpu(), x - x.mean(0), **EXACT)
@@ -98,7 +98,7 @@ def test_devices_that_do_not_exist_and_mixed_kinds_are_refused():
     ("output_device", "expected"),
     [(None, "sim:0"), (2, "sim:2"), ("sim:3", "sim:3"), (-1, "cpu"), ("cpu", "cpu")],
 )
-def test_the_output_goes_where_it_is_wanted(output_device, expected):
+def test_the_output_goes_to_the_requested_device(output_device, expected):
     model = DataParallelWithCallback(convolutions().to("sim"), [0, 1], output_device=output_device)
     assert str(model(torch.randn(4, 3, 6, 6).double()).device) == expected
 

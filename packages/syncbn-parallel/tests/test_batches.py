@@ -130,14 +130,14 @@ def test_a_container_is_split_and_joined_and_keeps_its_type(kind):
     assert all(torch.equal(actual, expected) for actual, expected in zip(unpack(whole), unpack(make(X))))
 
 
-def test_what_a_container_holds_beside_its_tensors_stays():
+def test_the_other_contents_of_a_container_stay():
     for part in split(Batch(X, name="b")):
         assert (part.name, part.rows) == ("b", 4)
     assert [part.source for part in split(Encoding({"a": X}, "title"))] == ["title"] * 2
     assert [part.maxlen for part in split(deque([X], maxlen=3))] == [3, 3]
 
 
-def test_attributes_of_a_dataclass_that_are_no_fields_are_split_too():
+def test_attributes_of_a_dataclass_that_are_not_fields_are_split_too():
     batch = Batch(X)
     batch.mask = X > 3
     assert [len(part.mask) for part in split(batch)] == [2, 2]
@@ -206,12 +206,12 @@ class Plain:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_ordinary_objects_go_whole_to_every_replica_without_a_word(value):
+def test_every_replica_gets_ordinary_objects_whole_and_without_a_warning(value):
     _, parts = split((torch.ones(4), value)), split([X, value])
     assert all(part[1] is value or part[1] == value for part in parts)
 
 
-def test_an_ordinary_dataclass_is_the_very_object_in_every_replica():
+def test_an_ordinary_dataclass_is_the_same_object_in_every_replica():
     config = Slots(image=3)
     assert all(own is config for _, own in split((X, config)))
 
@@ -265,7 +265,7 @@ class Wanting(tuple):
 
 
 @pytest.mark.parametrize("value", [Stubborn(a=X), Wanting([X], 1)])
-def test_a_container_that_cannot_be_built_anew_is_refused_by_its_type(value):
+def test_a_container_that_cannot_be_rebuilt_is_refused_by_its_type(value):
     with pytest.raises(TypeError, match=rf"got a {type(value).__name__} in inputs\[0\].*use a dict, a list"):
         split(value)
 

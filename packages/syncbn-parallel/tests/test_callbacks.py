@@ -76,7 +76,7 @@ def test_a_shared_submodule_is_called_once_per_copy_under_its_first_name():
     assert [(ctx.name, copy_id) for _, ctx, copy_id in calls] == [("a", 0), ("a", 1)]
 
 
-def test_what_the_master_hangs_on_the_context_is_there_for_the_others():
+def test_the_others_can_read_what_the_master_sets_on_the_context():
     class Meeting(nn.Module):
         def __data_parallel_replicate__(self, ctx, copy_id):
             if copy_id == 0:
@@ -138,7 +138,7 @@ def test_a_group_or_devices_of_another_size_are_refused(world_size, devices):
         )
 
 
-def test_no_replicas_are_no_work():
+def test_an_empty_list_of_replicas_is_accepted():
     execute_replication_callbacks([])
 
 

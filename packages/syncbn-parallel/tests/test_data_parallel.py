@@ -175,7 +175,7 @@ def test_device_ids_that_make_no_sense_are_refused(device_ids):
         DataParallelWithCallback(nn.Linear(4, 2), device_ids)
 
 
-def test_a_nonsense_timeout_is_refused_and_the_default_comes_from_the_environment(monkeypatch):
+def test_an_invalid_timeout_is_refused_and_the_default_comes_from_the_environment(monkeypatch):
     class Timeout(nn.Module):
         def __data_parallel_replicate__(self, ctx, copy_id):
             self.timeout = ctx.group.timeout
@@ -220,7 +220,7 @@ def test_one_model_used_twice_in_a_forward_and_by_several_threads(centred_net):
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-13)
 
 
-def test_a_shared_layer_meets_at_each_of_its_calls(centre_class):
+def test_a_shared_layer_synchronizes_at_each_of_its_calls(centre_class):
     centre = centre_class()
     model = DataParallelWithCallback(nn.Sequential(centre, nn.Tanh(), centre), ["cpu"] * 2)
     x = torch.randn(6, 2)

@@ -91,7 +91,7 @@ def test_a_failure_on_the_gpu_is_the_original_one(centred_net):
     assert model(x * 0).shape == (4, 4)
 
 
-def test_all_gpus_are_taken_where_none_is_named():
+def test_all_gpus_are_used_if_none_is_named():
     model = DataParallelWithCallback(nn.Linear(4, 2).cuda())
     assert list(model.device_ids) == list(range(COUNT))
     assert model(torch.ones(2 * COUNT, 4)).shape == (2 * COUNT, 2)

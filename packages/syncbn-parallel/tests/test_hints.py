@@ -32,7 +32,7 @@ def hints(model, x=None):
     return [warning for warning in caught if str(warning.message).startswith(MESSAGE)]
 
 
-def test_a_model_whose_batch_norms_do_not_synchronize_is_mentioned_once():
+def test_a_model_whose_batch_norms_do_not_synchronize_gets_one_warning():
     model = DataParallelWithCallback(net(), ["cpu"] * 2)
     (hint,) = hints(model)
     assert "got 2 that do not (the first is '1')" in str(hint.message)
@@ -73,24 +73,24 @@ def frozen(module):
     ],
     ids=["none", "synchronizes", "one synchronizes", "no statistics", "frozen", "evaluation"],
 )
-def test_other_models_are_not_mentioned(module):
+def test_other_models_get_no_warning(module):
     assert hints(DataParallelWithCallback(module, ["cpu"] * 2)) == []
 
 
-def test_a_model_in_evaluation_is_mentioned_when_it_trains():
+def test_a_model_in_evaluation_gets_its_warning_when_it_trains():
     model = DataParallelWithCallback(net(), ["cpu"] * 2).eval()
     assert hints(model) == []
     assert len(hints(model.train())) == 1
 
 
-def test_where_one_replica_runs_there_is_nothing_to_mention():
+def test_a_single_replica_gets_no_warning():
     model = DataParallelWithCallback(nn.BatchNorm2d(2), ["cpu"] * 2)
     assert hints(model, torch.randn(1, 2, 3, 3)) == []
     assert hints(DataParallelWithCallback(net(), ["cpu"])) == []
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_nothing_of_it_is_left_on_the_model(duplicate):
+def test_the_warning_leaves_nothing_on_the_model(duplicate):
     model = DataParallelWithCallback(net(), ["cpu"] * 2)
     before = set(vars(model))
     hints(model)

@@ -101,7 +101,7 @@ def test_buffers_of_the_first_replica_change_in_place_as_in_the_single_model():
     assert net.seen.item() == net.alias.item() == 1
 
 
-def test_a_change_between_two_forwards_is_nobodys_business():
+def test_a_change_between_two_forwards_is_allowed():
     model = DataParallelWithCallback(Changes(lambda net: None), ["cpu"] * 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):

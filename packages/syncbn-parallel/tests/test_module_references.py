@@ -249,7 +249,7 @@ def test_a_gradient_hook_that_is_a_bound_method_is_that_of_the_replica():
     assert [replicas[0].noted, replicas[1].noted, net.noted] == ["nobody", "me", "nobody"]
 
 
-def test_an_attribute_that_changes_between_two_forwards_is_followed_anew(base):
+def test_an_attribute_that_changes_between_two_forwards_is_followed_again(base):
     class Net(base):
         def forward(self, x):
             return self.steps[-1](x)
@@ -291,7 +291,7 @@ def test_what_is_shared_stays_shared_inside_a_replica():
     assert (first.get(), second.get(), net.get()) == (first[1], second[0], net[0])
 
 
-def test_what_leads_to_no_module_is_the_same_object():
+def test_a_value_that_leads_to_no_module_stays_the_same_object():
     net = nn.Linear(2, 2)
     counts = []
     net.names, net.table, net.count = ["a"], {"b": (1, 2)}, lambda: counts.append(1)
@@ -354,7 +354,7 @@ def test_buffers_and_parameters_under_another_name_are_the_replicas():
     assert away.statistics["weight"].device.type == "meta"
 
 
-def test_a_function_that_is_built_anew_looks_like_its_original():
+def test_a_rebuilt_function_looks_like_its_original():
     net = nn.Sequential(nn.Tanh())
 
     def call(x: int, *, y: int = 3) -> int:
@@ -381,7 +381,7 @@ def test_a_compiled_function_in_an_attribute_runs_uncompiled_in_replicas():
     assert replica.step(None) is replica[0]
 
 
-def test_what_cannot_be_followed_stays_the_original():
+def test_values_that_cannot_be_followed_stay_the_original():
     """The layer itself can say so; see the class docstring of `replicate`."""
     net = nn.Sequential(nn.Tanh())
     net.kept = types.SimpleNamespace(module=net[0])

@@ -109,7 +109,7 @@ def test_a_replica_that_returns_early_stops_the_others_and_the_next_batch_is_goo
         torch.testing.assert_close(model(x), whole(x), rtol=0, atol=1e-13)
 
 
-def test_a_replica_that_raises_behind_such_a_layer_spoils_no_later_batch(wrap):
+def test_a_replica_that_raises_after_such_a_layer_does_not_affect_later_batches(wrap):
     class After(nn.Module):
         def forward(self, x):
             if x.max() > 1e3:
@@ -126,7 +126,7 @@ def test_a_replica_that_raises_behind_such_a_layer_spoils_no_later_batch(wrap):
         torch.testing.assert_close(model(x), whole(x), rtol=0, atol=1e-13)
 
 
-def test_a_layer_that_is_called_twice_meets_twice():
+def test_a_layer_that_is_called_twice_synchronizes_twice():
     layer = BatchMean()
     x = torch.randn(6, 3).double()
     model = DataParallelWithCallback(nn.Sequential(layer, nn.Tanh(), layer), ["cpu"] * 3, timeout=SECONDS)

@@ -131,6 +131,6 @@ def test_data_parallel_with_callback_needs_no_patch():
 
 
 @pytest.mark.parametrize("thing", [nn.Linear(2, 2), None, nn.DataParallel])
-def test_what_is_no_data_parallel_is_refused(thing):
+def test_an_argument_that_is_not_a_data_parallel_is_refused(thing):
     with pytest.raises(TypeError, match=r"expected an nn\.DataParallel, got"):
         patch_replication_callback(thing)

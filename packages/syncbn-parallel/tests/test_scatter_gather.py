@@ -78,7 +78,7 @@ def test_every_container_is_split_and_keeps_its_type():
         assert empty == [(), [], {}]
 
 
-def test_what_is_no_tensor_goes_to_every_replica_as_it_is():
+def test_other_arguments_go_to_every_replica_as_they_are():
     thing = object()
     inputs, kwargs = scatter_kwargs((torch.ones(2), thing), {"mode": thing}, [CPU, CPU])
     assert all(own[1] is thing for own in inputs)
@@ -101,7 +101,7 @@ def test_without_tensors_every_device_gets_the_arguments():
     assert scatter_kwargs((3,), {"a": "b"}, [CPU] * 2) == (((3,), (3,)), ({"a": "b"}, {"a": "b"}))
 
 
-def test_no_arguments_are_no_calls():
+def test_without_arguments_there_are_no_calls():
     assert scatter_kwargs((), {}, [CPU, CPU]) == ((), ())
 
 

@@ -60,7 +60,7 @@ def test_a_transform_around_the_wrapper_on_one_device_or_none_is_the_modules_own
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_transform_inside_of_the_forward_works():
+def test_a_transform_inside_the_forward_works():
     class Inside(nn.Module):
         def forward(self, x):
             return torch.func.grad(lambda y: y.sin().sum())(x)
