@@ -14,7 +14,7 @@ import nox
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "venv"
-nox.options.error_on_missing_interpreters = False  # skipped with a word, on a CI machine too
+nox.options.error_on_missing_interpreters = False  # they are skipped with a message, on a CI machine too
 nox.options.download_python = "never"
 nox.options.sessions = ["lint", "typecheck", "tests"]
 
@@ -253,7 +253,7 @@ def typecheck(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/, with warnings as errors and without a network."""
     session.install(*DOCS_TOOLS, *PINNED)
-    session.env["NO_MKDOCS_2_WARNING"] = "1"  # advertising for what comes after
+    session.env["NO_MKDOCS_2_WARNING"] = "1"  # an advertisement for another program
     session.run("mkdocs", "build", "--strict", "--clean", *session.posargs)
 
 

@@ -123,7 +123,7 @@ def test_a_deep_copy_made_during_training_is_a_model_of_its_own(row, original, c
     assert all(parameter.grad is None for parameter in replicas.parameters())
     original(x)
     torch.testing.assert_close(train_step(average, x)["y"], train_step(original, x)["y"], **EXACT)
-    row("a moving average by `copy.deepcopy`", "works, also of the wrapper and after a parallel forward")
+    row("a moving average by `copy.deepcopy`", "works, also for the wrapper and after a parallel forward")
 
 
 def test_functional_call_reaches_the_replicas_inside_of_another_module(
@@ -144,8 +144,8 @@ def test_functional_call_reaches_the_replicas_inside_of_another_module(
     assert all(parameter.grad is None for parameter in converted.parameters())
     row(
         "`torch.func.functional_call`",
-        "works; an `nn.DataParallel` of any kind as the outermost module it refuses: "
-        "`nn.Sequential(replicas)` will do",
+        "works, but not with an `nn.DataParallel` of any kind as the outermost module: "
+        "use `nn.Sequential(replicas)`",
     )
 
 
@@ -158,7 +158,7 @@ def test_tracing_for_torchscript_records_the_originals_evaluation(row, original,
     traced = torch.jit.trace(converted.eval(), x)
 
     assert torch.equal(traced(x), original.eval()(x))
-    row("`torch.jit.trace` in eval mode", "works; warns of the checks of the input's shape")
+    row("`torch.jit.trace` in eval mode", "works; warns about the checks of the input shape")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
@@ -169,7 +169,7 @@ def test_scripting_works_after_a_revert(row, original, converted, x):
     scripted = torch.jit.script(revert_model(converted).eval())
 
     assert torch.equal(scripted(x), original.eval()(x))
-    row("`torch.jit.script`", "compiles no such layer: `revert_model` first")
+    row("`torch.jit.script`", "does not support these layers: call `revert_model` first")
 
 
 def test_symbolic_tracing_works_before_the_conversion(row, original, converted, x):
