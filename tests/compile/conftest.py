@@ -1,4 +1,4 @@
-"""Processes that compile: lasting ones for a module of tests, and new ones for tests that break them."""
+"""Processes that compile: shared ones for all tests, and new ones for tests that break them."""
 
 import runpy
 import shutil
@@ -14,13 +14,13 @@ Workers = runpy.run_path(str(Path(__file__).with_name("workers.py")))["Workers"]
 
 @pytest.fixture(scope="session")
 def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what Inductor has compiled in this run."""
+    """A folder for the code that Inductor compiles in this run."""
     return tmp_path_factory.mktemp("inductor")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory, compiler_cache: Path) -> Iterator[Callable[[int], Any]]:
-    """Hand out the lasting workers of a world size; new ones where a test has ended them."""
+    """Return the shared workers of a world size; new ones if a test has ended them."""
     known: dict[int, Any] = {}
 
     def of_size(world_size: int) -> Any:
@@ -35,7 +35,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory, compiler_cache: Path) -> I
 
 @pytest.fixture
 def new_workers(tmp_path: Path, compiler_cache: Path) -> Iterator[Callable[..., Any]]:
-    """Hand out workers of the test's own."""
+    """Return workers for one test only."""
     started: list[Any] = []
 
     def start(world_size: int, group_seconds: float) -> Any:

@@ -1,8 +1,7 @@
 """Worker processes of one gloo group that compile models; both sides of them.
 
-The tests load this file for `Workers`, and each worker runs it as a program. The workers of one module of
-tests stay until its end, so what one test has compiled the next one finds. They share a folder for the
-compiler's cache. Every wait has a limit.
+The tests load this file for `Workers`, and each worker runs it as a program. The workers stay until the end
+of the session and share a folder for the compiler's cache. Every wait has a limit.
 """
 
 import faulthandler
@@ -29,7 +28,7 @@ ANSWER_SECONDS = 300.0  # Inductor's C++ compiler is slow on a busy machine
 
 
 class Workers:
-    """Worker processes, from outside.
+    """Worker processes, as the tests see them.
 
     Args:
         world_size: how many.
@@ -60,7 +59,7 @@ class Workers:
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call ``function(world, *arguments)`` in all workers.
 
-        A function of a test stands for the one of the same name in the same file there.
+        The workers call the function of the same name in the same file.
 
         Returns:
             In rank order ``{"result": ...}`` or ``{"error": traceback}``; None for a worker that has ended or
@@ -92,11 +91,11 @@ class Workers:
 
     @property
     def ended(self) -> bool:
-        """Whether they have been ended."""
+        """Whether the workers have been ended."""
         return not self._pipes
 
     def end(self) -> None:
-        """End them, whatever they do."""
+        """End the workers, whatever they do."""
         for process in self._processes:
             process.kill()
             process.wait(ANSWER_SECONDS)
@@ -106,19 +105,18 @@ class Workers:
 
 
 class World:
-    """What a function that runs in a worker is given."""
+    """The first argument of a function that runs in a worker."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self.known: dict[Any, Any] = {}  # what one test leaves for the next
 
     def share(self, whole: Tensor, sizes: Sequence[int]) -> Tensor:
         """Return this process's rows of the whole batch."""
         return whole.split(list(sizes))[self.rank]
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Add up what the processes have."""
+        """Return the sum over the processes."""
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total
@@ -137,8 +135,8 @@ class World:
         """Train a step on this share, and an uncompiled twin of torch's layers on the whole batch.
 
         Args:
-            called: what is called on the share, such as a compiled model.
-            model: what has its parameters and buffers.
+            called: the module that is called on the share, such as a compiled model.
+            model: the module that has its parameters and buffers.
             twin: the same model of torch's own layers.
             whole: the batch of all processes.
             sizes: the processes' shares of it.
@@ -166,7 +164,7 @@ class World:
 
 
 def serve(pipe: Connection, world: World) -> None:
-    """Run functions as they are asked for, until nobody asks any more."""
+    """Run functions as they are requested, until the requests end."""
     modules: dict[str, Any] = {}
     while True:
         try:
@@ -188,7 +186,7 @@ def serve(pipe: Connection, world: World) -> None:
 
 
 def main() -> None:
-    """Be a worker."""
+    """Run a worker."""
     store, pipe, rank, world_size, seconds = sys.argv[1:6]
     faulthandler.enable()
     warnings.simplefilter("error")
