@@ -1,8 +1,8 @@
 """Check that versions, changelogs, tags, ranges and metadata of the four packages agree (``nox -s release``).
 
 Usage: ``python tests/check_release.py [PACKAGE ...]``. The packages that are named are about to be
-released: they need a dated section in their changelogs, and addresses that are no placeholders.
-docs/releasing.md tells the rest.
+released: they need a dated section in their changelogs, and URLs that are not placeholders.
+See docs/releasing.md.
 """
 
 import re
@@ -23,7 +23,7 @@ UNRELEASED = "## [Unreleased]"
 
 
 class Package:
-    """What one package says about itself."""
+    """The version, the changelog and the metadata of one package."""
 
     def __init__(self, root: Path, name: str) -> None:
         folder = root / "packages" / name
@@ -41,6 +41,10 @@ class Package:
         requirements = map(Requirement, self.project.get("dependencies", []))
         return [requirement for requirement in requirements if requirement.name in PACKAGES]
 
+    def head_of_changelog(self) -> str:
+        """Return the text above the first section, without the name of the package."""
+        return self.changelog.partition("\n## ")[0].replace(self.name, "")
+
     def has_section(self) -> bool:
         """Tell whether the changelog has a dated section for the version."""
         heading = rf"^## \[{re.escape(self.version)}\] - \d{{4}}-\d\d-\d\d$"
@@ -48,13 +52,15 @@ class Package:
 
 
 def problems(packages: list[Package], releasing: list[str], tags: list[str]) -> Iterator[str]:
-    """Say what does not agree."""
+    """Yield a message for each thing that does not agree."""
     by_name = {package.name: package for package in packages}
     for package in packages:
         yield from _problems_of_version(package)
         headings = [line for line in package.changelog.splitlines() if line.startswith("## ")]
         if headings[:1] != [UNRELEASED]:
             yield f"{package.name}: expected {UNRELEASED!r} first in the changelog, got {headings[:1]}"
+        if package.head_of_changelog() != packages[0].head_of_changelog():
+            yield f"{package.name}: expected the changelog to begin as in {packages[0].name}"
         for requirement in package.siblings:
             version = by_name[requirement.name].version
             if not requirement.specifier.contains(version, prereleases=True):
@@ -102,7 +108,7 @@ def _problems_of_tags(by_name: dict[str, Package], tags: list[str]) -> Iterator[
 
 
 def tags_of_this_commit(root: Path) -> list[str]:
-    """Ask git; without a repository there are no tags."""
+    """Return the tags of the current commit; none outside a repository."""
     command = ["git", "-C", str(root), "tag", "--points-at", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
 

@@ -1,4 +1,4 @@
-"""The check before a release finds what does not agree."""
+"""The check before a release finds versions, changelogs, tags and metadata that do not agree."""
 
 import runpy
 import shutil
@@ -51,6 +51,7 @@ CORE_INIT = "syncbn-core/src/syncbn_core/__init__.py"
         (CORE_INIT, '"0.1.0"', '"0.2.0"', "syncbn-convert: expected syncbn-core"),
         (CORE_INIT, '"0.1.0"', '"next"', "expected a version, got 'next'"),
         ("syncbn-comm/CHANGELOG.md", "## [Unreleased]\n", "", "first in the changelog"),
+        ("syncbn-core/CHANGELOG.md", "# Changelog", "# Changes", "the changelog to begin as in syncbn-comm"),
         ("syncbn-comm/pyproject.toml", '">=3.11"', '">=3.11,<4"', "no upper cap on Python"),
         ("syncbn-parallel/pyproject.toml", '"MIT"', '"BSD"', "syncbn-parallel: expected license as in"),
         ("syncbn-core/pyproject.toml", "Issues = ", "Bugs = ", "the same project URLs"),
