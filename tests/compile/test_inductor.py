@@ -13,7 +13,7 @@ from syncbn_convert import convert_model
 pytestmark = pytest.mark.usefixtures("_needs_a_cpp_compiler")
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-REPETITIONS = 200
+FEW, MANY = 50, 200  # repetitions
 
 
 class Branches(nn.Module):
@@ -44,13 +44,14 @@ def train(world, dynamic, all_sizes, repetitions, compiling):
             world.assert_equals_whole_batch(called, model, twin, whole, sizes, **EXACT)
 
 
-def test_branches_are_right_in_every_repetition(workers):
-    workers(2).run(train, False, [[3, 5]], REPETITIONS, [0, 1])
+@pytest.mark.parametrize("repetitions", [FEW, pytest.param(MANY, marks=pytest.mark.full)])
+def test_branches_are_right_in_every_repetition(repetitions, workers):
+    workers(2).run(train, False, [[3, 5]], repetitions, [0, 1])
 
 
 @pytest.mark.full
 def test_branches_are_right_where_only_one_process_compiles(workers):
-    workers(2).run(train, False, [[3, 5]], REPETITIONS, [1])
+    workers(2).run(train, False, [[3, 5]], MANY, [1])
 
 
 @pytest.mark.full

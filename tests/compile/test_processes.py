@@ -43,7 +43,9 @@ FOUR = [[3, 2, 4, 3], [1, 0, 0, 2], [3, 2, 4, 3]]
 
 
 @pytest.mark.parametrize(
-    ("backend", "dynamic"), [("eager", False), ("aot_eager", False), ("aot_eager", True)], ids=str
+    ("backend", "dynamic"),
+    [pytest.param("eager", False, marks=pytest.mark.full), ("aot_eager", False), ("aot_eager", True)],
+    ids=str,
 )
 @pytest.mark.parametrize("all_sizes", [TWO, pytest.param(FOUR, marks=pytest.mark.full)], ids=["two", "four"])
 def test_every_step_is_that_of_the_whole_batch(all_sizes, dynamic, backend, workers):

@@ -33,10 +33,15 @@ def train(world, compiling, sizes, ddp):
 
 @pytest.mark.parametrize(
     ("compiling", "sizes", "ddp"),
-    [([0], [4, 3], False), ([1], [4, 0], False), ([0], [4, 0], True), ([1, 3], [2, 3, 4, 1], False)],
+    [
+        ([0], [4, 3], False),
+        ([0], [4, 0], True),
+        pytest.param([1], [4, 0], False, marks=pytest.mark.full),
+        pytest.param([1, 3], [2, 3, 4, 1], False, marks=pytest.mark.full),
+    ],
     ids=str,
 )
-def test_they_understand_each_other(compiling, sizes, ddp, workers):
+def test_compiled_and_uncompiled_processes_train_together(compiling, sizes, ddp, workers):
     workers(len(sizes)).run(train, compiling, sizes, ddp)
 
 
