@@ -1,4 +1,4 @@
-"""Networks, and what a training step makes of them: each test compares replicas with the whole batch."""
+"""Networks and training steps, for tests that compare replicas with the whole batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from syncbn_parallel import DataParallelWithCallback
 
 
 class ResidualBlock(nn.Module):
-    """Its input goes three ways: two branches and the sum."""
+    """Two branches, and a sum with the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def residual_net() -> nn.Module:
 
 
 class SplitAs(DataParallelWithCallback):
-    """CPU replicas that get as many samples each as one says, none included."""
+    """CPU replicas with given numbers of samples, which may be 0."""
 
     def __init__(self, module: nn.Module, sizes: list[int]) -> None:
         super().__init__(module, ["cpu"] * len(sizes))
@@ -86,7 +86,7 @@ def _same_random_numbers_for_every_test() -> None:
     torch.manual_seed(0)
 
 
-# Modules of tests cannot import this one, but they can ask for what is in it.
+# Test modules cannot import this one, but they can use its fixtures.
 def _fixture(helper: Callable[..., Any], name: str) -> Any:
     return pytest.fixture(name=name)(lambda: helper)
 

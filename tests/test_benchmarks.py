@@ -1,4 +1,4 @@
-"""The benchmarks run, and leave a table and a chart; no time is looked at."""
+"""The benchmarks run, and write a table and a chart; no time is checked."""
 
 import functools
 import os

@@ -57,7 +57,7 @@ CORE_INIT = "syncbn-core/src/syncbn_core/__init__.py"
         ("syncbn-core/pyproject.toml", "Issues = ", "Bugs = ", "the same project URLs"),
     ],
 )
-def test_what_does_not_agree_is_named(path, old, new, problem, copy_of_packages):
+def test_a_disagreement_is_named(path, old, new, problem, copy_of_packages):
     edit(copy_of_packages, path, old, new)
 
     assert any(problem in found for found in problems(copy_of_packages))

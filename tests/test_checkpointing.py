@@ -53,7 +53,7 @@ def right_or_error(remedy):
 
 
 @pytest.mark.parametrize("where", [checkpoint_some, checkpoint_nested, checkpoint_all])
-def test_without_reentry_it_equals_the_whole_batch_and_moves_the_statistics_once(
+def test_without_reentry_it_equals_the_whole_batch_and_updates_the_statistics_once(
     where, residual_net, split_as, train_step, assert_close
 ):
     replicas = split_as(convert_model(where(residual_net(), False)), [3, 1, 2])
@@ -65,7 +65,7 @@ def test_without_reentry_it_equals_the_whole_batch_and_moves_the_statistics_once
 
 
 @pytest.mark.parametrize("where", [checkpoint_some, checkpoint_all])  # torch itself warns of nested ones
-def test_with_reentry_it_is_right_or_an_error_that_names_what_to_write(
+def test_with_reentry_it_is_right_or_an_error_that_says_what_to_write(
     where, residual_net, split_as, train_step, assert_close
 ):
     replicas = split_as(convert_model(where(residual_net(), True)), [3, 1, 2])
@@ -76,7 +76,7 @@ def test_with_reentry_it_is_right_or_an_error_that_names_what_to_write(
         assert_close(dict(zip(expected, actual.values(), strict=True)), expected, **EXACT)
 
 
-def test_a_graph_that_is_kept_can_be_walked_twice(residual_net, split_as, weighted_sum):
+def test_a_retained_graph_can_be_differentiated_twice(residual_net, split_as, weighted_sum):
     replicas = split_as(convert_model(checkpoint_some(residual_net(), False)), [3, 1, 2])
     x = torch.randn(6, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     loss = weighted_sum(replicas(x))
@@ -85,7 +85,7 @@ def test_a_graph_that_is_kept_can_be_walked_twice(residual_net, split_as, weight
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_around_all_replicas_it_is_right_or_an_error_that_says_where_it_belongs(
+def test_around_all_replicas_it_is_right_or_an_error_that_says_where_to_put_it(
     use_reentrant, residual_net, split_as, train_step, assert_close
 ):
     model = Checkpointed(split_as(convert_model(residual_net()), [3, 1, 2]), use_reentrant)

@@ -15,7 +15,7 @@ PAGE = """
 
 
 @pytest.mark.parametrize("row", ["0.137 | 58.9% | 3e-11", "0.138 | 58.9% | 9e-12", "0.136 | 58.9% | 2e-10"])
-def test_figures_that_differ_by_rounding_pass(row):
+def test_figures_that_differ_only_by_rounding_pass(row):
     assert differences(PAGE, PAGE.replace("0.137 | 58.9% | 3e-11", row)) == []
 
 

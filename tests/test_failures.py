@@ -15,7 +15,7 @@ LAYERS = ["1", "3.bn2", "8"]  # first, middle, last
 
 
 class OutOfMemory(RuntimeError):
-    """What a replica dies of."""
+    """The exception that a replica raises."""
 
 
 def fail_at(model, layer, rank, sizes, action):
@@ -32,7 +32,7 @@ def fail_at(model, layer, rank, sizes, action):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("kind", [OutOfMemory, KeyboardInterrupt])
-def test_what_a_replica_raises_arrives_as_it_is_and_the_next_step_is_right(
+def test_the_exception_of_a_replica_is_raised_unchanged_and_the_next_step_is_right(
     layer, rank, kind, residual_net, split_as, train_step, assert_close
 ):
     sizes = [3, 1, 2, 4]
@@ -56,12 +56,12 @@ def test_what_a_replica_raises_arrives_as_it_is_and_the_next_step_is_right(
 
     name = f"module.{layer}.running_mean"
     torch.testing.assert_close(replicas.state_dict()[name], before[name], rtol=0, atol=0)
-    replicas.load_state_dict(before)  # layers before the failed one have moved theirs
+    replicas.load_state_dict(before)  # layers before the failed one have updated theirs
     assert_close(train_step(replicas, x), train_step(whole, x), **EXACT)
 
 
 class Conditional(nn.Module):
-    """Replicas with a negative input go their own way."""
+    """Replicas with a negative input call other layers."""
 
     def __init__(self, own_way):
         super().__init__()
@@ -85,7 +85,9 @@ class Conditional(nn.Module):
     ],
     ids=["skips-all", "skips-one", "other-order", "one-call-more"],
 )
-def test_replicas_that_part_ways_are_an_error_that_names_the_layer(own_way, kind, message, split_as):
+def test_replicas_that_call_different_layers_are_an_error_that_names_the_layer(
+    own_way, kind, message, split_as
+):
     replicas = split_as(convert_model(Conditional(own_way)), [2, 2, 2])
     good = torch.rand(6, 2) + 0.1
     bad = torch.cat([good[:4], -good[4:]])

@@ -1,4 +1,4 @@
-"""Models inside, beside and behind each other; layers that are used twice, or reached by another way."""
+"""Models inside and after each other; layers that are used twice, or called through attributes."""
 
 import threading
 
@@ -14,7 +14,7 @@ JOIN_SECONDS = 60
 
 
 class UsesALayerTwice(nn.Module):
-    """Both calls normalize, and both move the running statistics."""
+    """Both calls normalize and update the running statistics."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def test_replicas_inside_replicas_are_an_error_that_says_what_to_do(x, split_as)
 
 def test_a_forward_inside_a_forward_equals_the_whole_batch(x, split_as, train_step):
     class Calls(nn.Module):
-        """Runs another data-parallel model, which is no part of this one, half way through."""
+        """Runs another data-parallel model, which is not part of this one, inside its forward."""
 
         def __init__(self, other):
             super().__init__()
@@ -85,7 +85,7 @@ def test_a_forward_inside_a_forward_equals_the_whole_batch(x, split_as, train_st
 
 
 class ThroughAttributes(nn.Module):
-    """Its forward reaches the layers through what it has kept of them, not by their names."""
+    """Its forward calls the layers through attributes, not by their registered names."""
 
     def __init__(self, kind):
         super().__init__()
@@ -123,7 +123,7 @@ class ThroughAttributes(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["bound method", "pairs", "wrapped forward", "hook"])
-def test_layers_that_are_reached_through_attributes_equal_the_whole_batch(
+def test_layers_that_are_called_through_attributes_equal_the_whole_batch(
     kind, x, split_as, train_step, assert_close
 ):
     net = convert_model(ThroughAttributes(kind).double()).keep()
@@ -134,7 +134,7 @@ def test_layers_that_are_reached_through_attributes_equal_the_whole_batch(
     assert net.norm.num_batches_tracked == 2
 
 
-def test_a_decoder_that_begins_in_place_behind_an_encoder_equals_the_whole_batch(x, train_step):
+def test_a_decoder_that_begins_in_place_after_an_encoder_equals_the_whole_batch(x, train_step):
     class TwoInARow(nn.Module):
         def __init__(self, wrap):
             super().__init__()
@@ -153,7 +153,7 @@ def test_a_decoder_that_begins_in_place_behind_an_encoder_equals_the_whole_batch
     torch.testing.assert_close(list(actual.values()), list(expected.values()), **EXACT)
 
 
-def test_two_models_in_two_threads_do_not_meet(residual_net, split_as, train_step, assert_close):
+def test_two_models_in_two_threads_do_not_affect_each_other(residual_net, split_as, train_step, assert_close):
     models = [split_as(convert_model(residual_net()), sizes) for sizes in ([2, 4], [1, 2, 3])]
     batches = [torch.randn(6, 3, 6, 6, dtype=torch.float64) for _ in models]
     steps = [[], []]

@@ -1,4 +1,4 @@
-"""A stock nn.DataParallel synchronizes too: patched, or without a word to anybody."""
+"""A stock nn.DataParallel synchronizes too, with and without the patch."""
 
 import copy
 import sys
@@ -19,7 +19,7 @@ JOIN_SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def _torch_replicates_on_the_cpu(monkeypatch):
-    """Leave torch's own replicate as it is but for the copying to other devices."""
+    """Keep torch's own replicate, except for the copies to other devices."""
 
     def copy_to_devices(tensors, devices, detach=False):
         if detach:
@@ -32,7 +32,7 @@ def _torch_replicates_on_the_cpu(monkeypatch):
 
 
 class StockOnCpu(nn.DataParallel):
-    """What a stock nn.DataParallel does on GPUs, on this CPU: its own replicate, and a thread per replica."""
+    """Does on the CPU what a stock nn.DataParallel does on GPUs: replicate, then a thread per replica."""
 
     def __init__(self, module: nn.Module, replicas: int = 2) -> None:
         super().__init__(module)

@@ -1,4 +1,4 @@
-"""A test that hangs ends the run, whatever part of it hangs."""
+"""A test that hangs ends the run, in setup, call and teardown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our layers under the replication callbacks of a vendored folder, whose contexts know no group."""
+"""Our layers with the replication callbacks of a vendored folder, whose contexts have no group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from syncbn_convert import convert_model
 
 
 class Context:
-    """Has nothing: that is all that such a folder gives."""
+    """An empty context, as in such a folder."""
 
 
 def call_back(replicas):

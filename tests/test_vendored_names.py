@@ -18,7 +18,7 @@ from syncbn_parallel import (
 )
 
 
-def test_the_names_are_there():
+def test_the_names_exist():
     for name in (FutureResult, SlavePipe, BatchNorm2dReimpl, CallbackContext, patch_sync_batchnorm):
         assert name.__doc__
     for name in (execute_replication_callbacks, patch_replication_callback, set_sbn_eps_mode):

@@ -20,7 +20,7 @@ def x():
 
 
 class RunningMeanOfAllBatches(SynchronizedBatchNorm2d):
-    """Keeps sums that fade, divides by their weight, and assigns the quotient; as segmentation forks do."""
+    """Keeps decaying sums, divides by their weight, and assigns the quotient, as segmentation forks do."""
 
     def __init__(self, num_features, momentum=0.001):
         super().__init__(num_features, momentum=momentum)

@@ -73,7 +73,7 @@ def test_evaluation_between_trainings_does_not_matter(x):
 
 
 class Sometimes(nn.Module):
-    """Reaches the layer only if it is asked to."""
+    """Calls the layer only on request."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ def test_a_bad_batch_is_forgotten_by_the_next_good_one(x, order):
     assert_synchronized(model, x)
 
 
-def test_two_such_layers_in_one_model_keep_apart(x):
+def test_two_such_layers_in_one_model_do_not_mix(x):
     model = DataParallelWithCallback(nn.Sequential(SubtractMean(), nn.Tanh(), SubtractMean()), ["cpu"] * 3)
     whole = torch.tanh(x - x.mean(0))
     for _ in range(2):

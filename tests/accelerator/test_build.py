@@ -95,7 +95,7 @@ def test_processes_that_build_at_once_wait_for_one_build(
     assert simulated_accelerator.missing() is None  # it is there already
 
 
-def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator) -> None:
+def test_a_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator) -> None:
     monkeypatch.setattr("simulated_accelerator.build.BUILDS", tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert accelerator.missing() == "the simulated accelerator needs no-such-compiler to be built"

@@ -1,4 +1,4 @@
-"""A training run goes on by its checkpoint wherever its replicas live, on the curve of the whole batch."""
+"""A training run continues from its checkpoint on any replicas, with the losses of the whole batch."""
 
 import io
 

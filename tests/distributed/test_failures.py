@@ -1,4 +1,4 @@
-"""Replicas and processes: what fails in one of them is told to all, by the layer's name in the model."""
+"""Replicas and processes: if one fails, all others get an error that names the layer in the model."""
 
 import os
 
@@ -14,7 +14,7 @@ GROUP_SECONDS = 5.0
 
 
 class DiesInProcessOne(nn.Module):
-    """Passes its input on, but in process 1 it is the end."""
+    """Returns its input, but ends process 1."""
 
     def __init__(self, rank: int, event: str) -> None:
         super().__init__()

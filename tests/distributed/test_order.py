@@ -1,7 +1,7 @@
 """Replicas and processes: all processes issue the collectives of a backward in one order.
 
-The sequence numbers of the Merge nodes, which autograd goes by where several are ready, are drawn at random,
-others in each process.
+Autograd runs ready nodes in the order of their sequence numbers. Here the numbers of the Merge nodes are
+random and differ between processes.
 """
 
 import pytest
@@ -55,7 +55,7 @@ def repeat_backward(world, replicas, ddp, repetitions=MANY):
         assert shuffled == 9, shuffled
         loss.backward()
         (twin(whole) * weights).sum().backward()
-        # What DDP has averaged is the same in all processes.
+        # DDP's averages are the same in all processes.
         ours = [total / (world.size if ddp else 1) for total in world.total_gradients(model).values()]
         theirs = [p.grad / (world.size if ddp else 1) for p in twin.parameters()]
         torch.testing.assert_close(ours, theirs, **EXACT)
@@ -84,5 +84,5 @@ def repeat_backward_without_chains(world, replicas, ddp):
 @pytest.mark.parametrize("ddp", [False, True], ids=["bare", "ddp"])
 def test_without_the_chains_it_is_not(ddp, new_processes):
     outcomes = new_processes(2, group_seconds=5).outcomes(repeat_backward_without_chains, 3, ddp)
-    # Mixed up, or a timeout, or the end of the process by gloo itself: never right.
+    # Mixed up, or a timeout, or gloo ends the process: never right.
     assert all(outcome is None or "error" in outcome for outcome in outcomes)

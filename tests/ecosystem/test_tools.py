@@ -1,4 +1,4 @@
-"""What else touches batch norm, given converted layers: it works, or there is one thing to do first."""
+"""Tools that work on batch norm layers, with converted ones: they work, or an error says what to do first."""
 
 import copy
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def row(tables) -> Row:
 
 @pytest.fixture
 def original(residual_net) -> nn.Module:
-    """A net whose running statistics are not those that it was born with."""
+    """A net whose running statistics are not the initial ones."""
     net = residual_net()
     net(torch.randn(16, 3, 8, 8, dtype=torch.float64))
     return net

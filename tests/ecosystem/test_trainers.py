@@ -1,4 +1,4 @@
-"""Libraries that wrap the model themselves: the examples convert before, and reach the whole batch."""
+"""Libraries that wrap the model themselves: the examples convert it before and equal the whole batch."""
 
 import os
 import subprocess

@@ -81,7 +81,7 @@ def test_the_names_install_from_dist_with_what_they_need_and_nothing_else(names,
     assert "No broken requirements found" in run(python, "-m", "pip", "check")
 
 
-def test_without_torch_what_needs_it_does_not_install(new_environment):
+def test_without_torch_packages_that_need_it_do_not_install(new_environment):
     python = new_environment(with_torch=False)
     install = (python, "-m", "pip", "install", "syncbn-core", "--find-links", "dist", "--no-index")
 

@@ -305,7 +305,7 @@ def layer_of() -> Callable[..., nn.Module]:
     return build
 
 
-# Test modules cannot import this one, but they can use it as a fixture.
+# Test modules cannot import this one, but they can use it through a fixture.
 def _fixture(helper: Any, name: str) -> Any:
     return pytest.fixture(name=name)(lambda: helper)
 
