@@ -9,19 +9,23 @@ The training of ``digits.py`` under ``torchrun``. Each process gets its share of
 - synchronized: the same after ``convert_model``;
 - replicas too: the same, with two replicas in each process.
 
-Start it with ``torchrun --nproc-per-node 2 examples/digits_ddp.py``. The program fails if the weights of the
-last two runs differ from those of the whole batch by more than 1e-8.
+Start it with ``torchrun --nproc-per-node 2 examples/digits_ddp.py``. Without torchrun, it starts the same two
+processes itself. The program fails if the weights of the last two runs differ from those of the whole batch
+by more than 1e-8.
 """
 
 import argparse
 import copy
 import io
+import os
+import sys
 from contextlib import nullcontext, redirect_stderr
 
 import digits
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn_convert import convert_model
@@ -79,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "RANK" in os.environ:
+        main()
+    else:
+        torchrun(["--standalone", "--nproc-per-node", "2", __file__, *sys.argv[1:]])

@@ -2,8 +2,8 @@
 
 Needs: ``pip install pytorch-lightning``, besides torch and syncbn-convert.
 
-The batch norm layers of two processes use both halves of each batch. The program checks that the weights
-equal those of one process that trains on the whole batches. ``Classifier(convert_model(net))`` without the
+The batch norm layers of two processes use both halves of each batch. The program prints how far the weights
+are from those of one process that trains on the whole batches. ``Classifier(convert_model(net))`` without the
 plugin does the same.
 """
 

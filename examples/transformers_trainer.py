@@ -3,8 +3,8 @@
 Needs: ``pip install transformers accelerate``, besides torch and syncbn-convert.
 
 On a machine with several GPUs, write ``Trainer(convert_model(model), ...)``: the converted layers synchronize
-in the ``nn.DataParallel`` that Trainer makes. This program also runs without GPUs: it makes four replicas on
-the CPU at the same place (``_wrap_model``), and checks that the weights equal those of a training on the
+in the ``nn.DataParallel`` that Trainer makes. This program does not need GPUs: it makes four replicas on the
+CPU at the same place (``_wrap_model``), and prints how far the weights are from those of a training on the
 whole batches.
 """
 
