@@ -23,11 +23,11 @@ from syncbn_core._kernels.statistics import (
 # of m2 is 1e-5 at a ratio of 10 and 1e-3 at 100. Sums of x - mean do not.
 _SHIFT_ABOVE = 10.0
 
-# A tensor of more elements does not fit into a cache, so it should be read only once. If a second pass needs
-# the result of a first one, both run on parts of this size.
+# A tensor of more elements does not fit into a cache. It is better not read twice; and if a second pass
+# follows on the result of a first, both are better made in parts of this size.
 _IN_CACHE = 2**21
 
-# For a tensor of up to this many elements, a pass takes no longer than calls on vectors.
+# Of a tensor of up to so many elements, a pass takes no longer than calls on vectors do.
 _FEW = 2**15
 
 _forward_out = torch.ops.aten.native_batch_norm.out
@@ -96,7 +96,7 @@ class CpuKernels:
         is_half = x.dtype != scale.dtype
         if not is_half and (x.numel() <= _IN_CACHE or not x.is_contiguous()):
             return affine(x, mean, slope, shift).addcmul_(dy, scale)
-        # A few samples at a time, while a cache holds them. For half inputs, the sum is rounded only once.
+        # A few samples after the other, while a cache holds them. Of halves, the sum is rounded once.
         dx = torch.empty_like(x)
         samples = max(1, _IN_CACHE * len(x) // x.numel())
         for dy_part, x_part, dx_part in zip(*(torch.split(each, samples) for each in (dy, x, dx))):
