@@ -48,14 +48,14 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
     if not layer.training and layer.running_mean is not None:
         return True
     if layer._place is not None and (layer._place.nested or layer._place.group is not None):
-        return False  # a graph cannot express what other threads do
+        return False  # no graph holds what other threads do
     if layer._overrides_reduction or any(hook in layer.__dict__ for hook in HOOKS):
         return False
-    return not places_are_checked()  # that check needs further collectives
+    return not places_are_checked()  # by collectives besides
 
 
 HOOKS = ("_data_parallel_master", "_compute_mean_std")
-"""The methods that a fork may override and that the traced forward does not call."""
+"""What a fork may override and the traced forward does not call."""
 
 
 # A compiler calls these once. torch.compiler.assume_constant_result sets the same, but loads the compiler.

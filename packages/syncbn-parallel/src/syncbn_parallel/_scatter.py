@@ -66,7 +66,7 @@ def scatter_kwargs(
         ValueError: a tensor has no dimension ``dim``; or two tensors cannot be split side by side, because
             they make different numbers of chunks, or the chunks of one are not all the same whole multiple of
             those of the other. An empty tensor goes with any others.
-        TypeError: an argument is a ``PackedSequence``, or a container that cannot be rebuilt.
+        TypeError: an argument is a ``PackedSequence``, or a container that cannot be built anew.
     """
     arguments = (tuple(inputs), dict(kwargs or {}))
     if not any(arguments):

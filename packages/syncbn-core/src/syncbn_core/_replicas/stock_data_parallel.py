@@ -121,7 +121,7 @@ class StockPlace(Place):
         self._caller = threading.get_ident()  # may run a replica, and the backward later
 
     def watch(self) -> Callable[[], bool]:
-        """Return a function that tells whether a replica's own thread calls it."""
+        """Return a function that tells whether a replica's own thread asks."""
         # A replica's thread ends with the replica, so what it differentiates belongs to its forward.
         threads = self._threads
         return lambda: threading.current_thread() in threads
