@@ -38,10 +38,10 @@ CHECK_VARIABLE = "SYNCBN_CHECK"
 # With this many processes or more, sums are sent in the forward too.
 MANY = 9
 
-# Up to this number, merging one by one takes fewer operations than merging all at once.
+# Up to here merging one by one takes fewer operations than merging all at once.
 _FEW = 3
 
-# Sent by a process that does not know the number of its call, because some of its calls are compiled.
+# The number of a process that does not know its call, because some of its calls are compiled.
 UNKNOWN = 0.0
 
 # The gather into one tensor is called all_gather_into_tensor, and all_gather_single from torch 2.13 on.
@@ -200,7 +200,7 @@ class Processes:
         return total[:-2].view(values.shape).to(values.dtype)
 
     def _tag(self, phase: str) -> float:
-        """Return a number for the layer, the call and the phase; a float64 holds the sum of such numbers."""
+        """Return a number for the layer, the call and the phase, of which a float64 can hold a sum."""
         return float(zlib.crc32(f"{phase} {self._place}".encode())) if self._is_counted else UNKNOWN
 
     def _strayed(self, phase: str, who: str) -> BrokenSyncError:

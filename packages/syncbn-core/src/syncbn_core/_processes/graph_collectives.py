@@ -1,7 +1,7 @@
 """Collectives that a compiler can put into a graph, and the layout of their messages.
 
-The layout is that of the eager layer (`collectives`), so a process that compiles its model can train together
-with one that does not.
+The layout is that of the eager layer (`collectives`), so a process that compiles its model and one that does
+not understand each other.
 
 ``torch.ops._c10d_functional`` is private by name and public in use: ``DTensor`` and fully sharded data
 parallel are made of it, and the compilers know it. Its Python wrappers have changed their names (and warn of
@@ -56,7 +56,7 @@ def group_of(process_group: Any, where: str) -> Group | None:
 
 
 def all_gather(values: Tensor, group: Group) -> Tensor:
-    """Return the ``values`` of every process, of any one shape, as ``(P, *shape)`` in rank order."""
+    """The ``values`` of every process, of any one shape, as ``(P, *shape)`` in rank order."""
     functional = torch.ops._c10d_functional
     everybody = functional.all_gather_into_tensor(values.unsqueeze(0), group.world_size, group.name)
     result: Tensor = functional.wait_tensor(everybody)
@@ -123,5 +123,5 @@ def sum_gradients(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group) -> Tensor:
 
 
 def _tags(like: Tensor, number: int) -> Tensor:
-    # A graph is the same for every call, so it does not know the number of the call.
+    # A graph is the same for every call, so it cannot tell which call it is.
     return torch.full((number,), collectives.UNKNOWN, dtype=like.dtype, device=like.device)
