@@ -100,7 +100,7 @@ def train_checkpointed(world):
         world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
 
 
-def test_a_checkpoint_inside_of_the_graph_moves_the_running_statistics_once(workers):
+def test_a_checkpoint_inside_the_graph_updates_the_running_statistics_once(workers):
     workers(2).run(train_checkpointed)
 
 

@@ -156,7 +156,7 @@ def train_in_pairs(world):
         torch.compile(others, backend="eager")(mine)
 
 
-def test_sub_groups_normalize_each_by_themselves(workers):
+def test_sub_groups_normalize_separately(workers):
     workers(4).run(train_in_pairs)
 
 
@@ -168,7 +168,7 @@ def train_this_process(world):
     torch.testing.assert_close(list(model.buffers()), list(twin.buffers()), **EXACT)
 
 
-def test_this_process_stays_alone(workers):
+def test_this_process_synchronizes_with_no_other(workers):
     workers(2).run(train_this_process)
 
 
@@ -178,7 +178,7 @@ def evaluate(world):
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), twin(x), **EXACT)
 
 
-def test_evaluation_meets_nobody(workers):
+def test_evaluation_does_not_communicate(workers):
     workers(2).run(evaluate)
 
 
@@ -192,7 +192,7 @@ def without_values(world):
     torch.testing.assert_close(layer.state_dict(), before)
 
 
-def test_a_batch_without_values_anywhere_teaches_nothing(workers):
+def test_empty_batches_in_all_processes_update_nothing(workers):
     workers(2).run(without_values)
 
 
@@ -225,5 +225,5 @@ def become_a_process_group(world):
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 5), reason="what is compiled again there loses its gradients")
-def test_what_was_compiled_before_there_were_processes_synchronizes_afterwards(workers):
+def test_a_model_compiled_before_there_were_processes_synchronizes_afterwards(workers):
     workers(2).run(become_a_process_group)

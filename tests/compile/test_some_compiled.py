@@ -56,7 +56,7 @@ def recompute_in_one(world):
         (y * torch.randn_like(y)).sum().backward()
 
 
-def test_a_checkpoint_inside_of_the_graph_of_some_is_an_error(new_workers):
+def test_a_checkpoint_inside_the_graph_of_some_processes_is_an_error(new_workers):
     outcomes = new_workers(2, group_seconds=5).outcomes(recompute_in_one)
     # gloo itself may end a process.
     assert all(outcome is None or "error" in outcome for outcome in outcomes), outcomes

@@ -184,5 +184,5 @@ def train_unused(world):
         torch.testing.assert_close(world.total(ours.grad), theirs.grad, **EXACT)
 
 
-def test_an_output_that_only_some_processes_use_is_waited_for_by_nobody(workers):
+def test_nobody_waits_for_an_output_that_only_some_processes_use(workers):
     workers(2).run(train_unused)
