@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ _SHIFT_ABOVE = 10.0
 # A tensor of more elements does not fit into a cache. It is better not read twice; and if a second pass
 # follows on the result of a first, both are better made in parts of this size.
 _IN_CACHE = 2**21
+
+# So many halves at once become float32: they and their results fit into a core's own cache.
+_HALVES_AT_ONCE = 2**18
 
 # Of a tensor of up to so many elements, a pass takes no longer than calls on vectors do.
 _FEW = 2**15
@@ -89,23 +92,36 @@ class CpuKernels:
     def input_gradient(self, dy: Tensor | None, x: Tensor, given: InputGradient) -> Tensor:
         """Return ``dx``, in two passes."""
         scale, slope, shift = affine_coefficients(given)
-        mean = given.mean
         if dy is None or x.numel() == 0:
-            return affine(x, mean, slope, shift)
+            return affine(x, given.mean, slope, shift)
+        if x.dtype != scale.dtype:
+            return _half_input_gradient(dy, x, given.mean, scale, slope, shift)
         scale = unsqueeze_channels(scale, x)
-        is_half = x.dtype != scale.dtype
-        if not is_half and (x.numel() <= _IN_CACHE or not x.is_contiguous()):
-            return affine(x, mean, slope, shift).addcmul_(dy, scale)
-        # A few samples after the other, while a cache holds them. Of halves, the sum is rounded once.
+        if x.numel() <= _IN_CACHE or not x.is_contiguous():
+            return affine(x, given.mean, slope, shift).addcmul_(dy, scale)
         dx = torch.empty_like(x)
-        samples = max(1, _IN_CACHE * len(x) // x.numel())
-        for dy_part, x_part, dx_part in zip(*(torch.split(each, samples) for each in (dy, x, dx))):
-            if is_half:
-                wide = affine(x_part.to(scale.dtype), mean, slope, shift)
-                dx_part.copy_(wide.addcmul_(dy_part.to(scale.dtype), scale))
-            else:
-                affine(x_part, mean, slope, shift, out=dx_part).addcmul_(dy_part, scale)
+        for dy_part, x_part, dx_part in _in_parts(_IN_CACHE, dy, x, dx):
+            affine(x_part, given.mean, slope, shift, out=dx_part).addcmul_(dy_part, scale)
         return dx
+
+
+def _half_input_gradient(
+    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, shift: Tensor
+) -> Tensor:
+    """Return ``dy * scale + (x - mean) * slope + shift``, rounded to halves once, at the end."""
+    dx = torch.empty_like(x)
+    scale = unsqueeze_channels(scale, x)
+    for dy_part, x_part, dx_part in _in_parts(_HALVES_AT_ONCE, dy, x, dx):
+        wide = x_part.to(scale.dtype)
+        affine(wide, mean, slope, shift, out=wide).addcmul_(dy_part.to(scale.dtype), scale)
+        dx_part.copy_(wide)
+    return dx
+
+
+def _in_parts(elements: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield a few samples of each tensor after the other, if possible no more than so many elements."""
+    samples = max(1, elements * len(tensors[0]) // tensors[0].numel())
+    return zip(*(torch.split(tensor, samples) for tensor in tensors))
 
 
 def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
