@@ -65,6 +65,32 @@ def test_many_gradients_at_once_are_an_error_that_says_so(fused, processes):
         assert "is_grads_batched=True" in error
 
 
+def transform(world, name, options):
+    layer = SynchronizedBatchNorm1d(3, track_running_stats=False, **options).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    if name == "vmap":
+        return torch.func.vmap(layer)(x.expand(2, 4, 3)).sum().item()
+    if name == "jvp":
+        return torch.func.jvp(layer, (x,), (x,))[1].sum().item()
+    return torch.func.grad(lambda x: (layer(x) ** 3).sum())(x).sum().item()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+def test_function_transforms_are_an_error_that_says_what_to_do(name, fused, processes):
+    for error in processes(2).run(transform_and_fail, name, {"fused": fused}):
+        assert "expected the forward of 'SynchronizedBatchNorm1d' over several processes outside of" in error
+        assert "process_group=THIS_PROCESS" in error
+
+
+def transform_and_fail(world, name, options):
+    try:
+        return transform(world, name, options)
+    except RuntimeError as error:
+        return str(error)
+
+
 class Twice(nn.Module):
     """Two calls, of one layer or of two."""
 
