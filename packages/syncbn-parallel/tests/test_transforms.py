@@ -37,6 +37,10 @@ TRANSFORMS = {
     "jacfwd": lambda model: torch.func.jacfwd(model)(X),
     "hessian": lambda model: torch.func.hessian(loss(model))(X),
     "vmap": lambda model: torch.func.vmap(model)(X.expand(4, 6, 3)),
+    "keyword": lambda model: torch.func.grad(lambda x: (model(input=x) ** 2).sum())(X),
+    "parameters": lambda model: torch.func.grad(
+        lambda given: torch.func.functional_call(model, given, (X,)).square().sum()
+    )({name: parameter.detach() for name, parameter in model.named_parameters()}),
 }
 
 
