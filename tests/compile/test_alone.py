@@ -5,11 +5,19 @@ import copy
 import pytest
 import torch
 
-from syncbn_core import SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, set_sbn_eps_mode
+from syncbn_core import (
+    THIS_PROCESS,
+    SynchronizedBatchNorm,
+    SynchronizedBatchNorm1d,
+    SynchronizedBatchNorm2d,
+    SynchronizedBatchNorm3d,
+    set_sbn_eps_mode,
+)
 
 OPTIONS = {
     "plain": {},
     "clamp": {"eps_mode": "clamp", "eps": 0.5},
+    "clamp if synchronized": {"eps_mode": "clamp_synchronized", "eps": 0.5},
     "cumulative": {"momentum": None},
     "cumulative and clamp": {"momentum": None, "eps_mode": "clamp", "eps": 0.5},
     "not affine": {"affine": False},
@@ -17,6 +25,7 @@ OPTIONS = {
     "no statistics": {"track_running_stats": False},
     "no statistics and clamp": {"track_running_stats": False, "eps_mode": "clamp", "eps": 0.5},
     "composite": {"fused": False},
+    "this process": {"process_group": THIS_PROCESS},
 }
 
 
@@ -39,6 +48,25 @@ def test_every_option_is_one_graph_and_equals_eager(options, training):
         twin.zero_grad()
         torch.testing.assert_close(step(compiled, layer, x), step(twin, twin, x))
     assert torch._dynamo.explain(layer)(x).graph_break_count == 0
+
+
+@pytest.mark.parametrize("eps_mode", ["plus", "clamp"])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (SynchronizedBatchNorm1d, (5, 3)),
+        (SynchronizedBatchNorm1d, (5, 3, 4)),
+        (SynchronizedBatchNorm3d, (5, 3, 2, 1, 2)),
+        (SynchronizedBatchNorm, (5, 3, 2, 2)),
+    ],
+    ids=["1d", "1d of sequences", "3d", "any"],
+)
+def test_every_kind_is_one_graph_and_equals_eager(kind, shape, eps_mode):
+    layer = kind(3, eps=0.5, eps_mode=eps_mode).double()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(step(compiled, layer, x), step(twin, twin, x))
 
 
 def test_the_default_of_the_eps_mode_is_looked_at_in_each_call():

@@ -108,6 +108,30 @@ def test_a_tracer_that_takes_the_layers_as_leaves():
     torch.testing.assert_close(traced(x), net()(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_script_is_an_error_and_takes_what_revert_returns():
+    model = convert_model(net())
+    with pytest.raises((RuntimeError, torch.jit.frontend.FrontendError)):
+        torch.jit.script(model)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(torch.jit.script(revert_model(model))(x), net()(x))
+
+
+def test_a_program_exported_in_training_trains():
+    model, twin = convert_model(net()).double(), net().double()
+    x, w = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    w = w[:, :2, :3, :3]
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    for size in (4, 3):
+        for called in (program, twin):
+            called.zero_grad()
+            (called(x[:size]) * w[:size]).sum().backward()
+        ours, theirs = ({n: p.grad for n, p in each.named_parameters()} for each in (program, twin))
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(dict(program.named_buffers()), dict(twin.named_buffers()))
+
+
 def test_something_else_than_a_tensor_is_an_error():
     with pytest.raises(TypeError, match="expected a tensor at 'SynchronizedBatchNorm2d', got list"):
         SynchronizedBatchNorm2d(3)([1.0])

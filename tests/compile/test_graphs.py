@@ -1,6 +1,8 @@
 """What a compiler gets to see: one graph without a break, and one collective each way per layer."""
 
+import os
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn_convert import convert_model
 from syncbn_core import SynchronizedBatchNorm2d
+from syncbn_core._processes import collectives
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -66,18 +69,13 @@ def test_there_is_one_collective_each_way_per_layer(workers):
 
 
 def count_more(world):
-    from syncbn_core._processes import collectives
-
-    collectives.MANY = 2
-    try:
+    with mock.patch.object(collectives, "MANY", 2):
         model, twin = convert_model(net().double()), net().double()
         twin.load_state_dict(model.state_dict())
         found = {"forward": Counter(), "backward": Counter()}
         compiled = torch.compile(model, backend=counting_backend(found), fullgraph=True)
         whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
         world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
-    finally:
-        collectives.MANY = 9
     return found["backward"]
 
 
@@ -159,9 +157,52 @@ def train_own_statistics(world):
     expected = 2 * nn.BatchNorm2d(3).double()(whole)
     compiled = torch.compile(layer, backend="eager")
     torch.testing.assert_close(compiled(world.share(whole, [4, 3])), world.share(expected, [4, 3]))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="its hooks are overridden"):
         torch.compile(layer, backend="eager", fullgraph=True)(world.share(whole, [4, 3]))
 
 
-def test_a_layer_with_overridden_hooks_breaks_the_graph_and_is_right(workers):
+def test_a_layer_with_overridden_hooks_breaks_the_graph_says_why_and_is_right(workers):
     workers(2).run(train_own_statistics)
+
+
+def train_checked(world):
+    model, twin = convert_model(net().double()), net().double()
+    twin.load_state_dict(model.state_dict())
+    with mock.patch.dict(os.environ, {"SYNCBN_CHECK": "1"}):
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(2):
+            whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
+            world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+
+
+def test_the_check_of_places_breaks_the_graph_and_is_right(workers):
+    workers(2).run(train_checked)
+
+
+def go_astray(world, phase, compiling, many):
+    """Run one of two layers of one width, another one in each process."""
+    layers = convert_model(nn.ModuleDict({"stem": nn.BatchNorm2d(3), "head": nn.BatchNorm2d(3)}))
+    called = {
+        name: torch.compile(layer, backend="aot_eager", fullgraph=True) if world.rank in compiling else layer
+        for name, layer in layers.items()
+    }
+    x, mine = torch.randn(2, 3, 2, 2, requires_grad=True), ("stem", "head")[world.rank]
+    try:
+        with mock.patch.object(collectives, "MANY", many):
+            if phase == "forward":
+                called[mine](x)
+            else:
+                ys = {name: layer(x) for name, layer in called.items()}
+                ys[mine].square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("many", [2, 9], ids=["sum", "gather"])
+@pytest.mark.parametrize("compiling", [[0, 1], [1]], ids=["both compiled", "one compiled"])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_processes_at_different_layers_of_one_width_get_an_error(phase, compiling, many, workers):
+    errors = workers(2).run(go_astray, phase, compiling, many)
+    for error, name in zip(errors, ("stem", "head"), strict=True):
+        assert error.startswith(f"expected all processes in the {phase} of '{name}'"), error
+        assert "at another layer" in error

@@ -4,11 +4,15 @@ The net has parallel branches. Nothing in their data says which of their collect
 processes compile for shards of different sizes.
 """
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from syncbn_convert import convert_model
+from syncbn_core import THIS_PROCESS
 
 pytestmark = pytest.mark.usefixtures("_needs_a_cpp_compiler")
 
@@ -71,3 +75,59 @@ def train_with_empty_shards(world):
 
 def test_empty_shards(workers):
     workers(2).run(train_with_empty_shards)
+
+
+def with_every_option():
+    """Build a net whose layers have all options, and its twin for the whole batch, by plain operations."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.BatchNorm2d(4, eps=0.5),
+    ).double()
+    with torch.no_grad():
+        plain[3].weight.copy_(torch.linspace(0.1, 2, 4))  # some variances below the eps that follows
+    model = convert_model(copy.deepcopy(plain))
+    twin = convert_model(plain, fused=False, process_group=THIS_PROCESS)
+    for each in (model, twin):
+        each[3].bias = None
+        each[4].eps_mode = "clamp"
+    return model, twin
+
+
+def train_every_option(world):
+    model, twin = with_every_option()
+    model[2].process_group = dist.new_group([0, 1])
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    for seed, sizes in enumerate([[4, 3], [6, 2], [5, 5]]):
+        torch.manual_seed(seed)
+        whole = torch.randn(sum(sizes), 3, 2, 2, dtype=torch.float64)
+        world.assert_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
+
+
+def test_every_option_at_once_and_shards_of_every_size(workers):
+    workers(2).run(train_every_option)
+
+
+def train_with_autocast(world):
+    model, _ = with_every_option()
+    model.float()
+    eager = copy.deepcopy(model)
+    whole = torch.randn(7, 3, 2, 2)
+    results = []
+    for called, module in ((torch.compile(model, fullgraph=True), model), (eager, eager)):
+        x = world.share(whole, [4, 3]).clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = called(x)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    ours, theirs = results
+    assert ours[0].dtype == theirs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.full
+def test_halves_under_autocast_are_as_without_the_compiler(workers):
+    workers(2).run(train_with_autocast)

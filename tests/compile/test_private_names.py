@@ -24,7 +24,9 @@ def test_a_process_group_has_a_name_that_the_collectives_know():
     try:
         group = collectives.group_of(None, "bn")
         assert group == (dist.group.WORLD.group_name, 3)
-        assert collectives.all_gather(torch.ones(2, 5), group).shape == (3, 2, 5)
+        values, place = torch.ones(5, device="meta"), ("forward", "bn")
+        assert collectives.all_gather(values, group, place).shape == (3, 5)
+        assert collectives.all_reduce(values, group, place).shape == (5,)
     finally:
         dist.destroy_process_group()
 

@@ -65,7 +65,8 @@ def layer_of(options):
             model[0].weight[0] /= 100  # a channel whose variance is below the eps of the case
     converted = convert_model(copy.deepcopy(model), **convert)
     # On the whole batch, by plain operations, which have tests of their own.
-    twin = convert_model(copy.deepcopy(model), fused=False, process_group=THIS_PROCESS, **convert)
+    alone = {"eps_mode": "clamp"} if convert else {}
+    twin = convert_model(copy.deepcopy(model), fused=False, process_group=THIS_PROCESS, **alone)
     for each in (converted, twin):
         if options.get("bias") is False:
             each[1].bias = None
@@ -76,6 +77,7 @@ def layer_of(options):
 
 CASES = {
     "clamp": {"eps_mode": "clamp", "eps": 1e-2},
+    "clamp if synchronized": {"eps_mode": "clamp_synchronized", "eps": 1e-2},
     "cumulative": {"momentum": None},
     "not affine": {"affine": False},
     "no bias": {"bias": False},
@@ -170,6 +172,22 @@ def train_this_process(world):
 
 def test_this_process_synchronizes_with_no_other(workers):
     workers(2).run(train_this_process)
+
+
+def export_in_training(world, strict):
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    with pytest.raises(Exception, match=r"expected torch.export of '1' in training mode without other"):
+        torch.export.export(convert_model(net()), (x,), strict=strict)
+    alone = convert_model(net(), process_group=THIS_PROCESS)
+    program = torch.export.export(alone, (x,), strict=strict).module()
+    torch.testing.assert_close(program(x), net()(x), **EXACT)
+    program = torch.export.export(convert_model(net()).eval(), (x,), strict=strict).module()
+    torch.testing.assert_close(program(x), net().eval()(x), **EXACT)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_export_in_training_over_processes_is_an_error_that_says_what_to_do(strict, workers):
+    workers(2).run(export_in_training, strict)
 
 
 def evaluate(world):

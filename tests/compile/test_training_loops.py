@@ -1,9 +1,11 @@
 """The loops that people train by, with compiled models: as without the compiler."""
 
+import copy
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -69,13 +71,16 @@ def test_ddp(how, workers):
     assert graphs == [1, 1] or how != WAYS[0]
 
 
+CHANGING = [[4, 3], [4, 2], [4, 1], [4, 0]]  # so process 1 compiles again, and process 0 does not
+
+
 def accumulate(world, how):
     model, twin = convert_model(net()), net()
     called, _ = wrapped(model, how)
     ddp = called if hasattr(called, "no_sync") else called._orig_mod
-    for step in range(4):
-        whole = batch(step)
-        share = world.share(whole, SIZES)
+    for step, sizes in enumerate(CHANGING):
+        whole = batch(step)[: sum(sizes)]
+        share = world.share(whole, sizes)
         weights = torch.linspace(-1, 1, 4, dtype=torch.float64) * (1 + step)
         if step % 2 == 0:
             with ddp.no_sync():
@@ -90,6 +95,133 @@ def accumulate(world, how):
 @pytest.mark.parametrize("how", [WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.full)])
 def test_gradients_accumulate_without_ddps_exchange(how, workers):
     workers(2).run(accumulate, how)
+
+
+def small_net():
+    """Build a net of (N, 3, 2, 2) to (N, 3, 2, 2), the same one each time."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)
+    return nn.Sequential(*layers).double()
+
+
+def small_batch(seed, size=7):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, 2, 2, dtype=torch.float64, generator=generator)
+
+
+def go_through_phases(world):
+    """Train, evaluate, look on without gradients, freeze and thaw, by one compiled model."""
+    model, twin = convert_model(small_net()), small_net()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def train(seed):
+        world.assert_equals_whole_batch(compiled, model, twin, small_batch(seed), SIZES, **EXACT)
+
+    for seed in range(2):
+        train(seed)
+        model.eval(), twin.eval()
+        for size in range(1, 3 + world.rank):  # more batches in process 1
+            x = small_batch(seed, size)
+            torch.testing.assert_close(compiled(x), twin(x), **EXACT)
+        model.train(), twin.train()
+        with torch.no_grad():
+            x = small_batch(seed + 10)
+            torch.testing.assert_close(compiled(world.share(x, SIZES)), world.share(twin(x), SIZES), **EXACT)
+    torch.testing.assert_close(list(model.buffers()), list(twin.buffers()), **EXACT)
+    for parameter in (*model[:2].parameters(), *twin[:2].parameters()):
+        parameter.requires_grad_(False)
+    x, weights = small_batch(20), small_batch(21)
+    twin.zero_grad(), model.zero_grad()
+    (compiled(world.share(x, SIZES)) * world.share(weights, SIZES)).sum().backward()
+    (twin(x) * weights).sum().backward()
+    assert model[0].weight.grad is None
+    for ours, theirs in zip(model[3:].parameters(), twin[3:].parameters(), strict=True):
+        torch.testing.assert_close(world.total(ours.grad), theirs.grad, **EXACT)
+    for parameter in (*model[:2].parameters(), *twin[:2].parameters()):
+        parameter.requires_grad_(True)
+    train(30)
+
+
+def test_training_evaluation_no_grad_and_frozen_layers_in_turns(workers):
+    workers(2).run(go_through_phases)
+
+
+def train_by_a_compiled_step(world):
+    """Compile the whole step: forward, backward and the optimizer."""
+    model, twin = convert_model(small_net()), small_net()
+    ours, theirs = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, twin))
+    weights = small_batch(1)
+
+    @torch.compile(backend="aot_eager")
+    def step(x, weights):
+        ours.zero_grad()
+        (model(x) * weights).sum().backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        ours.step()
+
+    for seed in range(3):
+        whole = small_batch(seed)
+        step(world.share(whole, SIZES), world.share(weights, SIZES))
+        theirs.zero_grad()
+        (twin(whole) * weights).sum().backward()
+        theirs.step()
+    torch.testing.assert_close(model.state_dict(), dict(twin.state_dict()), **EXACT)
+
+
+def test_a_compiled_function_of_the_whole_step(workers):
+    workers(2).run(train_by_a_compiled_step)
+
+
+def copy_what_is_compiled(world):
+    model, twin = convert_model(small_net()), small_net()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    world.assert_equals_whole_batch(compiled, model, twin, small_batch(0), SIZES, **EXACT)
+    other, other_twin = copy.deepcopy(compiled), copy.deepcopy(twin)
+    for seed in range(2):  # the original has moved on
+        world.assert_equals_whole_batch(compiled, model, twin, small_batch(seed), SIZES, **EXACT)
+    world.assert_equals_whole_batch(other, other._orig_mod, other_twin, small_batch(9), SIZES, **EXACT)
+
+
+def test_a_deep_copy_of_a_compiled_model_is_a_model_of_its_own(workers):
+    workers(2).run(copy_what_is_compiled)
+
+
+def differentiate_twice_over(world):
+    """Two backwards of one forward, which retain the graph."""
+    model, twin = convert_model(small_net()), small_net()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    whole = small_batch(0)
+    y, expected = compiled(world.share(whole, SIZES)), twin(whole)
+    for seed in range(1, 3):
+        weights = small_batch(seed)
+        (y * world.share(weights, SIZES)).sum().backward(retain_graph=True)
+        (expected * weights).sum().backward(retain_graph=True)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(world.total(ours.grad), theirs.grad, **EXACT)
+
+
+def test_two_backwards_of_one_forward(workers):
+    workers(2).run(differentiate_twice_over)
+
+
+def fail_in_the_middle(world):
+    """Process 1 fails between two compiled parts, and goes on with its next batch."""
+    parts = nn.ModuleDict({name: nn.Sequential(nn.BatchNorm2d(3)) for name in ("stem", "head")})
+    stem, head = (torch.compile(part, backend="aot_eager") for part in convert_model(parts).values())
+    x = stem(torch.randn(2, 3, 2, 2))
+    try:
+        if world.rank == 1:
+            raise OSError("no such image")
+        head(x)
+    except OSError:
+        stem(torch.randn(2, 3, 2, 2))
+
+
+def test_a_failed_step_is_an_error_in_the_next_one(workers):
+    for rank, outcome in enumerate(workers(2).outcomes(fail_in_the_middle)):
+        name = ("head.0", "stem.0")[rank]
+        assert f"expected all processes in the forward of '{name}', got another process" in outcome["error"]
 
 
 def train_in_blocks(world):

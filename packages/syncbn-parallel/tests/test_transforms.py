@@ -54,6 +54,24 @@ def test_a_function_transform_around_replicas_is_an_error_that_says_what_to_do(t
     TRANSFORMS[transform](model.module)
 
 
+def test_a_transform_around_keyword_inputs_or_given_parameters_is_the_same_error():
+    model = DataParallelWithCallback(net(), ["cpu"] * 2)
+    outer = nn.Sequential(model)  # torch refuses a functional_call of an nn.DataParallel itself
+    parameters = {name: parameter.detach() for name, parameter in outer.named_parameters()}
+    stacked = {name: torch.stack([parameter] * 2) for name, parameter in parameters.items()}
+
+    def call(given):
+        return torch.func.functional_call(outer, given, (X,)).square().sum()
+
+    for transform in (
+        lambda: torch.func.grad(lambda x: model(input=x).square().sum())(X),
+        lambda: torch.func.grad(call)(parameters),
+        lambda: torch.func.vmap(call)(stacked),
+    ):
+        with pytest.raises(RuntimeError, match=r"outside of function transforms.*attribute \.module"):
+            transform()
+
+
 def test_a_transform_around_the_wrapper_on_one_device_or_none_is_the_modules_own():
     expected = torch.func.grad(loss(net()))(X)
     actual = torch.func.grad(loss(DataParallelWithCallback(net(), ["cpu"])))(X)

@@ -100,7 +100,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if not self.training and (self.running_mean is not None or self.running_var is not None):
             return self._forward_running(input)
         if torch.compiler.is_compiling():  # a graph break: no graph holds what other threads do
-            result: Tensor = _compiled.outside_of_graphs(_forward_training)(self, input, synchronizes)
+            result: Tensor = _forward_outside_of_graphs(self, input, synchronizes)
             return result
         # A subclass of Tensor: the output is what the subclass makes of it.
         if has_torch_function_unary(input):
@@ -394,6 +394,9 @@ def _forward_training(layer: _SynchronizedBatchNorm, input: Tensor, synchronizes
         if y is not None:
             return y
     return layer._forward_three_nodes(x, synchronizes)
+
+
+_forward_outside_of_graphs = _compiled.outside_of_graphs(_forward_training)
 
 
 def _as(like: Tensor, tensor: Tensor) -> Tensor:

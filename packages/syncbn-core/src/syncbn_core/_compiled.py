@@ -13,7 +13,7 @@ a layer                                   is traced as
 in evaluation                             ``torch.nn.functional.batch_norm``
 in training, alone                        the same
 in training, alone, ``eps_mode="clamp"``  plain operations with their derived backward
-in training, over processes               the operations above
+in training, over processes               the operations above; ``torch.export`` gets an error
 with replicas, or with overridden hooks   nothing: the graph breaks, and the layer runs as without a compiler
 ========================================  ==================================================
 
@@ -23,7 +23,6 @@ layer, so a process that compiles its model can train together with one that doe
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ from syncbn_core._autograd.compiled_node import count_of, over_processes
 from syncbn_core._kernels.plain import normalize
 from syncbn_core._kernels.statistics import check_total, compute_dtype, local_statistics
 from syncbn_core._options import clamps
-from syncbn_core._processes.collectives import note_compiled, places_are_checked
+from syncbn_core._processes.collectives import note_compiled, places_are_checked, tag_of_layer
 from syncbn_core._processes.graph_collectives import group_of
 
 if TYPE_CHECKING:
@@ -54,12 +53,17 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
     return not places_are_checked()  # by collectives besides
 
 
+# torch.export traces the forward of an autograd.Function, and derives a backward of its own.
+_is_exporting: Callable[[], bool] = getattr(
+    torch.compiler, "is_exporting", lambda: not torch.compiler.is_dynamo_compiling()
+)
+
 HOOKS = ("_data_parallel_master", "_compute_mean_std")
 """What a fork may override and the traced forward does not call."""
 
 
 # A compiler calls these once. torch.compiler.assume_constant_result sets the same, but loads the compiler.
-for _function in (places_are_checked, note_compiled):
+for _function in (places_are_checked, note_compiled, tag_of_layer):
     vars(_function)["_dynamo_marked_constant"] = True
 
 
@@ -68,6 +72,12 @@ def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
     of_batch = layer.training or layer.running_mean is None
     group = group_of(layer.process_group, layer._where()) if layer.training else None
     if group is not None:
+        if _is_exporting():
+            raise RuntimeError(
+                f"expected torch.export of {layer._where()!r} in training mode without other processes, got "
+                f"{group.world_size} processes: an exported program has no backward of their collectives. "
+                "Export model.eval(), or set process_group=THIS_PROCESS in its layers"
+            )
         return over_processes(layer, x, group)
     clamped = clamps(layer.eps_mode, synchronizes=False)
     if of_batch and clamped:
@@ -79,15 +89,27 @@ def forward(layer: _SynchronizedBatchNorm, x: Tensor) -> Tensor:
     return _BatchNorm.forward(layer, x)
 
 
+REASON = (
+    "a synchronized batch norm meets other replicas in other threads, or its hooks are overridden, or "
+    "SYNCBN_CHECK is set, and no graph can hold any of that"
+)
+"""Why a graph breaks at a layer."""
+
+
 def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with a break of the graph around it."""
-    reason = (
-        "a synchronized batch norm meets other replicas in other threads, or its hooks are overridden, which "
-        "no graph can hold"
-    )
-    if "reason" in inspect.signature(torch.compiler.disable).parameters:
-        return torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call,no-any-return]
-    return torch.compiler.disable(function)  # type: ignore[no-untyped-call,no-any-return]
+    """Return the function with a break of the graph around it, which gives `REASON`.
+
+    ``torch.compiler.disable`` does that where a compiler does not trace it. Here it is called outside of the
+    graph, so that no compiler is loaded where nothing is compiled.
+    """
+
+    def outside(*arguments: Any) -> Any:
+        return torch.compiler.disable(function)(*arguments)  # type: ignore[no-untyped-call]
+
+    # The private marks that torch.compiler.disable leaves: do not trace a call of it, for this reason.
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    outside._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
+    return outside
 
 
 def not_a_tensor(x: object, where: str) -> str:

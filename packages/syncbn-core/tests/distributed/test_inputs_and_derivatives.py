@@ -1,6 +1,7 @@
 """Over processes too: subclasses of Tensor as inputs, many gradients at once, and reentrant checkpoints."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -63,6 +64,34 @@ def test_many_gradients_at_once_are_an_error_that_says_so(fused, processes):
     for error in processes(2).run(ask_for_many_gradients, fused):
         assert "expected one gradient at a time in the backward of 'SynchronizedBatchNorm1d'" in error
         assert "is_grads_batched=True" in error
+
+
+def transform(name, options):
+    layer = SynchronizedBatchNorm1d(3, track_running_stats=False, **options).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    if name == "vmap":
+        return torch.func.vmap(layer)(x.expand(2, 4, 3)).sum().item()
+    if name == "jvp":
+        return torch.func.jvp(layer, (x,), (x,))[1].sum().item()
+    return torch.func.grad(lambda x: (layer(x) ** 3).sum())(x).sum().item()
+
+
+def transform_and_fail(world, name, options):
+    with warnings.catch_warnings():
+        # torch says this of itself where it first needs a derivative in forward mode.
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
+        try:
+            return transform(name, options)
+        except RuntimeError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+def test_function_transforms_are_an_error_that_says_what_to_do(name, fused, processes):
+    for error in processes(2).run(transform_and_fail, name, {"fused": fused}):
+        assert "expected the forward of 'SynchronizedBatchNorm1d' over several processes outside of" in error
+        assert "process_group=THIS_PROCESS" in error
 
 
 class Twice(nn.Module):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from syncbn_core._kernels.plain import affine_coefficients
+from syncbn_core._kernels.protocol import InputGradient
 from syncbn_core._kernels.statistics import compute_dtype, merge_dtype, sum_over_batch, unsqueeze_channels
 from syncbn_core._options import clamps
 from syncbn_core._processes import graph_collectives as collectives
@@ -32,11 +34,12 @@ def over_processes(layer: _SynchronizedBatchNorm, x: Tensor, group: Group) -> Te
         x: ``(N, C, *)``, the batch of this process; N may be 0.
         group: the processes.
     """
-    note_compiled(layer._name_in_all_processes())
+    name = layer._name_in_all_processes()
+    note_compiled(name)
     count = count_of(x)
     # Detached, not in no_grad: an error inside would leave the graph in no_grad.
     mean, m2 = _statistics_in_one_pass(x.detach(), count)
-    mean, m2, total = collectives.merge(mean, m2, count, layer.eps, group)
+    mean, m2, total = collectives.merge(mean, m2, count, layer.eps, group, name)
     if count < 2:  # the only case in which the total can be less than 2
         collectives.expect(
             total != 1,
@@ -52,7 +55,7 @@ def over_processes(layer: _SynchronizedBatchNorm, x: Tensor, group: Group) -> Te
     else:
         invstd, varies = (var + layer.eps).rsqrt(), None
     y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
-        x, layer.weight, layer.bias, mean, invstd, varies, total, group.name, group.world_size
+        x, layer.weight, layer.bias, mean, invstd, varies, total, group.name, group.world_size, name
     )
     return y
 
@@ -114,9 +117,10 @@ class _Normalize(Function):
         total: Tensor,  # (1,), of values per channel in all processes
         group_name: str,
         world_size: int,
+        name: str,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, invstd, varies, total)
-        ctx.group = Group(group_name, world_size)
+        ctx.group, ctx.name = Group(group_name, world_size), name
         ctx.bias_dtype = None if bias is None else bias.dtype
         dtype = compute_dtype(x.dtype)
         scale = invstd if weight is None else invstd * weight
@@ -138,17 +142,16 @@ class _Normalize(Function):
         xmu = x.to(dtype) - unsqueeze_channels(rounded, x)
         sum_dy = sum_over_batch(dy_).to(mean.dtype)
         sum_dy_xmu = sum_over_batch(dy_ * xmu).to(mean.dtype) + rounding * sum_dy
-        sums = collectives.sum_gradients(sum_dy, sum_dy_xmu, ctx.group)
-        mean_dy, slope = (sums / total.clamp(min=1)).unbind()
-        slope = slope * invstd * invstd
+        sums = collectives.sum_gradients(sum_dy, sum_dy_xmu, ctx.group, ctx.name)
+        total_dy, total_dy_xmu = sums.unbind()
         if varies is not None:
-            slope = slope * varies
-        # dx = scale * (dy - mean_dy - slope * (x - mean))
-        scale = invstd if weight is None else invstd * weight
-        constant = -scale * (mean_dy + slope * rounding)
-        vectors = (scale, -scale * slope, constant)
-        scale, slope, constant = (unsqueeze_channels(vector.to(dtype), x) for vector in vectors)
-        dx = (dy_ * scale + xmu * slope + constant).to(x.dtype)
+            total_dy_xmu = total_dy_xmu * varies
+        total_dy = total_dy + total_dy_xmu * invstd * invstd * rounding
+        given = InputGradient(rounded, invstd, weight, total_dy, total_dy_xmu, total.clamp(min=1))
+        scale, slope, shift = (
+            unsqueeze_channels(vector.to(dtype), x) for vector in affine_coefficients(given)
+        )
+        dx = (dy_ * scale + xmu * slope + shift).to(x.dtype)
         dweight = None if weight is None else (sum_dy_xmu * invstd).to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, None, None, None, None, None
+        return dx, dweight, dbias, *[None] * 7

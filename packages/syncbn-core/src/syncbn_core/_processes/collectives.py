@@ -13,8 +13,8 @@ backward     sum of sum_dy, sum_dy_xmu; on the CPU, up to 8 processes, as a gath
 A gather loses no digits, but every process receives the numbers of all. On the CPU with gloo it is faster
 than a reduction as long as the processes are few.
 
-On the CPU, a number that stands for the layer and the call is sent with the data. So processes that are at
-different layers get an error rather than each other's statistics.
+On the CPU, two numbers are sent with the data: one stands for the layer, the other for the call of it. So
+processes that are at different layers get an error rather than each other's statistics.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ CHECK_VARIABLE = "SYNCBN_CHECK"
 # With this many processes or more, sums are sent in the forward too.
 MANY = 9
 
+# Private to torch, which has no public way to ask.
+_transforms_active = torch._C._are_functorch_transforms_active
+
 # Up to here merging one by one takes fewer operations than merging all at once.
 _FEW = 3
 
-# The number of a process that does not know its call, because some of its calls are compiled.
+# The number of a call in a process that does not count its calls, because some of them are compiled.
 UNKNOWN = 0.0
 
 # The gather into one tensor is called all_gather_into_tensor, and all_gather_single from torch 2.13 on.
@@ -76,6 +79,20 @@ def note_compiled(name: str) -> None:
     _compiled.add(name)
 
 
+def tag_of_layer(phase: str, name: str) -> float:
+    """Return a number for a layer and a phase, of which a float64 can hold a sum.
+
+    Args:
+        phase: "forward" or "backward".
+        name: the layer's name, the same in all processes. ``torch.compile`` may be a part of it in some.
+    """
+    return _checksum(f"{phase} {name.replace('_orig_mod.', '')}")
+
+
+def _checksum(text: str) -> float:
+    return float(zlib.crc32(text.encode()))
+
+
 class Calls:
     """How often a layer has synchronized over processes. Its replicas share one object."""
 
@@ -94,9 +111,11 @@ class Processes:
 
     def __init__(self, group: Any, name: str, calls: Calls) -> None:
         self._group = group
+        self._name = name
         calls.number += 1
         self._is_counted = name not in _compiled
-        self._place = f"{name!r} (call {calls.number})"
+        self._call = f"call {calls.number}"
+        self._place = f"{name!r} ({self._call})"
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -175,33 +194,34 @@ class Processes:
                 rows = list(everybody.unbind())
                 self._collect(phase, values, lambda: dist.all_gather(rows, values, group=self._group))
             return everybody
-        # In float64, which holds the number that is the tag.
-        tagged = torch.cat([values.reshape(-1), torch.tensor([self._tag(phase)], dtype=torch.float64)])
+        layer, call = self._tags(phase)
+        # In float64, which holds the numbers that are the tags.
+        tagged = torch.cat([values.reshape(-1), torch.tensor([layer, call], dtype=torch.float64)])
         everybody = tagged.new_empty(self.world_size, len(tagged))
         rows = list(everybody.unbind())
         self._collect(phase, values, lambda: dist.all_gather(rows, tagged, group=self._group))
-        tags = everybody[:, -1].tolist()
-        if len({*tags} - {UNKNOWN}) > 1:
-            others = [rank for rank, tag in enumerate(tags) if tag != tags[self.rank]]
+        layers, calls = zip(*everybody[:, -2:].tolist())
+        if len({*layers}) > 1 or len({*calls} - {UNKNOWN}) > 1:
+            others = [rank for rank in range(self.world_size) if (layers[rank], calls[rank]) != (layer, call)]
             raise self._strayed(phase, f"process {', '.join(map(str, others))}")
-        return everybody[:, :-1].reshape(self.world_size, *values.shape)
+        return everybody[:, :-2].reshape(self.world_size, *values.shape)
 
     def _sum(self, values: Tensor, phase: str) -> Tensor:
         if not values.is_cpu:
             self._collect(phase, values, lambda: dist.all_reduce(values, group=self._group))
             return values
-        tag = self._tag(phase)
-        tags = torch.tensor([tag, float(tag != UNKNOWN)], dtype=torch.float64)
+        layer, call = self._tags(phase)
+        tags = torch.tensor([layer, call, float(call != UNKNOWN)], dtype=torch.float64)
         total = torch.cat([values.reshape(-1), tags])
         self._collect(phase, values, lambda: dist.all_reduce(total, group=self._group))
-        sum_of_tags, known = total[-2:].tolist()
-        if tag != UNKNOWN and sum_of_tags != tag * known:
+        layers, calls, known = total[-3:].tolist()
+        if layers != layer * self.world_size or (call != UNKNOWN and calls != call * known):
             raise self._strayed(phase, "another process")
-        return total[:-2].view(values.shape).to(values.dtype)
+        return total[:-3].view(values.shape).to(values.dtype)
 
-    def _tag(self, phase: str) -> float:
-        """Return a number for the layer, the call and the phase, of which a float64 can hold a sum."""
-        return float(zlib.crc32(f"{phase} {self._place}".encode())) if self._is_counted else UNKNOWN
+    def _tags(self, phase: str) -> tuple[float, float]:
+        """Return a number for the layer and one for the call, of which a float64 can hold sums."""
+        return tag_of_layer(phase, self._name), _checksum(self._call) if self._is_counted else UNKNOWN
 
     def _strayed(self, phase: str, who: str) -> BrokenSyncError:
         return BrokenSyncError(
@@ -256,6 +276,7 @@ def are_several(process_group: Any, name: str) -> bool:
 
     Raises:
         ValueError: this process is not in the group.
+        RuntimeError: it does, and a function transform (``torch.func``) is active in this thread.
     """
     if process_group is THIS_PROCESS or not dist.is_available() or not dist.is_initialized():
         return False
@@ -264,7 +285,15 @@ def are_several(process_group: Any, name: str) -> bool:
             f"expected a process_group that this process is in at {name!r}, got one without process "
             f"{dist.get_rank()}: give every process its own sub-group, or THIS_PROCESS"
         )
-    return dist.get_world_size(process_group) > 1
+    several = dist.get_world_size(process_group) > 1
+    if several and not torch.compiler.is_compiling() and _transforms_active():
+        raise RuntimeError(
+            f"expected the forward of {name!r} over several processes outside of function transforms, got "
+            "one inside (torch.func.grad, vjp, jvp, jacrev, jacfwd, hessian or vmap), which does not reach "
+            "the other processes. Use torch.autograd.grad, with fused=False for second derivatives, or "
+            "process_group=THIS_PROCESS to normalize by the batch of this process alone"
+        )
+    return several
 
 
 def _packed(mean: Tensor, m2: Tensor, count: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Collectives that a compiler can put into a graph, and the layout of their messages.
 
 The layout is that of the eager layer (`collectives`), so a process that compiles its model and one that does
-not understand each other.
+not understand each other. On the CPU it includes a number that stands for the layer. Processes that are at
+different layers, as after an exception in one of them, get an error.
 
 ``torch.ops._c10d_functional`` is private by name and public in use: ``DTensor`` and fully sharded data
 parallel are made of it, and the compilers know it. Its Python wrappers have changed their names (and warn of
@@ -32,6 +33,10 @@ class Group(NamedTuple):
     world_size: int
 
 
+Place = tuple[str, str]
+"""The phase, "forward" or "backward", and the layer's name: where a process is."""
+
+
 def group_of(process_group: Any, where: str) -> Group | None:
     """Return the processes that a layer's ``process_group`` means now; None for this process alone.
 
@@ -55,19 +60,33 @@ def group_of(process_group: Any, where: str) -> Group | None:
     return Group(process_group.group_name, world_size) if world_size > 1 else None
 
 
-def all_gather(values: Tensor, group: Group) -> Tensor:
-    """The ``values`` of every process, of any one shape, as ``(P, *shape)`` in rank order."""
+def all_gather(values: Tensor, group: Group, place: Place) -> Tensor:
+    """The ``values`` of every process, ``(n,)`` each, as ``(P, n)`` in rank order."""
     functional = torch.ops._c10d_functional
+    n, tag = len(values), collectives.tag_of_layer(*place)
+    if values.is_cpu:
+        values = torch.cat([values, _numbers(values, tag, collectives.UNKNOWN)])
     everybody = functional.all_gather_into_tensor(values.unsqueeze(0), group.world_size, group.name)
     result: Tensor = functional.wait_tensor(everybody)
-    return result
+    if values.is_cpu:
+        _expect_one_place((result[:, n] == tag).all(), place)
+    return result[:, :n]
 
 
-def all_reduce(values: Tensor, group: Group) -> Tensor:
-    """Return the sum of the ``values`` of every process, of any one shape."""
+def all_reduce(values: Tensor, group: Group, place: Place) -> Tensor:
+    """Return the sum of the ``values`` of every process, ``(n,)`` each."""
     functional = torch.ops._c10d_functional
+    n, tag = len(values), collectives.tag_of_layer(*place)
+    if values.is_cpu:
+        values = torch.cat([values, _numbers(values, tag, collectives.UNKNOWN, 0.0)])
     total: Tensor = functional.wait_tensor(functional.all_reduce(values, "sum", group.name))
-    return total
+    if values.is_cpu:
+        _expect_one_place(total[n] == tag * group.world_size, place)
+    return total[:n]
+
+
+def _numbers(like: Tensor, *numbers: float) -> Tensor:
+    return torch.cat([like.new_full((1,), number) for number in numbers])
 
 
 def expect(condition: Tensor, message: str) -> None:
@@ -75,7 +94,9 @@ def expect(condition: Tensor, message: str) -> None:
     torch._assert_async(condition.squeeze(), message)
 
 
-def merge(mean: Tensor, m2: Tensor, count: int, eps: float, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+def merge(
+    mean: Tensor, m2: Tensor, count: int, eps: float, group: Group, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the statistics of all processes by one collective.
 
     Args:
@@ -84,6 +105,7 @@ def merge(mean: Tensor, m2: Tensor, count: int, eps: float, group: Group) -> tup
         count: the number of values per channel.
         eps: added to the variance.
         group: the processes.
+        name: the layer's name in all processes.
 
     Returns:
         mean and m2, ``(C,)``, and count, ``(1,)``, of all processes.
@@ -94,34 +116,35 @@ def merge(mean: Tensor, m2: Tensor, count: int, eps: float, group: Group) -> tup
     in_eps = 0.0 if mean.is_cpu else eps
     if many:
         squares = torch.addcmul(m2 + in_eps * own, mean * own, mean)
-        total = all_reduce(torch.cat([mean * own, squares, own, _tags(mean, 2)]), group)
+        total = all_reduce(torch.cat([mean * own, squares, own]), group, ("forward", name))
         c = len(mean)
         n = total[2 * c : 2 * c + 1]
         mean, square = total[:c] / n.clamp(min=1), total[c : 2 * c] / n.clamp(min=1)
         return mean, (square - mean * mean - in_eps).clamp(min=0) * n, n
     if mean.is_cpu:
-        rows = all_gather(torch.cat([mean, m2, own, _tags(mean, 1)]), group)
+        rows = all_gather(torch.cat([mean, m2, own]), group, ("forward", name))
         c = len(mean)
-        return merge_stacked(rows[:, :c], rows[:, c : 2 * c], rows[:, 2 * c : 2 * c + 1])
+        return merge_stacked(rows[:, :c], rows[:, c : 2 * c], rows[:, 2 * c :])
     invstd = (m2 / own.clamp(min=1) + eps).rsqrt()
     dtype = compute_dtype(torch.float32) if mean.dtype != torch.float64 else mean.dtype
-    rows = all_gather(torch.cat([mean, invstd, own]).to(dtype), group).to(mean.dtype)
+    rows = all_gather(torch.cat([mean, invstd, own]).to(dtype), group, ("forward", name)).to(mean.dtype)
     c = len(mean)
     counts = rows[:, 2 * c :]
     return merge_stacked(rows[:, :c], (rows[:, c : 2 * c].pow(-2) - eps) * counts, counts)
 
 
-def sum_gradients(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group) -> Tensor:
+def sum_gradients(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group, name: str) -> Tensor:
     """Return the sums of all processes, ``(2, C)``, by one collective."""
-    sums = torch.cat([sum_dy, sum_dy_xmu])
-    if not sums.is_cpu:
-        return all_reduce(sums, group).view(2, -1)
-    many = group.world_size >= collectives.MANY
-    sums = torch.cat([sums, _tags(sums, 2 if many else 1)])
-    total = all_reduce(sums, group) if many else all_gather(sums, group).sum(0)
-    return total[: 2 * len(sum_dy)].view(2, -1)
+    sums, place = torch.cat([sum_dy, sum_dy_xmu]), ("backward", name)
+    if sums.is_cpu and group.world_size < collectives.MANY:
+        return all_gather(sums, group, place).sum(0).view(2, -1)
+    return all_reduce(sums, group, place).view(2, -1)
 
 
-def _tags(like: Tensor, number: int) -> Tensor:
-    # A graph is the same for every call, so it cannot tell which call it is.
-    return torch.full((number,), collectives.UNKNOWN, dtype=like.dtype, device=like.device)
+def _expect_one_place(condition: Tensor, place: Place) -> None:
+    phase, name = place
+    expect(
+        condition,
+        f"expected all processes in the {phase} of {name!r}, got another process at another layer. All "
+        "processes have to run the same layers in the same order",
+    )
