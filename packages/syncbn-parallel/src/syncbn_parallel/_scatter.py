@@ -66,7 +66,8 @@ def scatter_kwargs(
         ValueError: a tensor has no dimension ``dim``; or two tensors cannot be split side by side, because
             they make different numbers of chunks, or the chunks of one are not all the same whole multiple of
             those of the other. An empty tensor goes with any others.
-        TypeError: an argument is a ``PackedSequence``, or a container that cannot be built anew.
+        TypeError: an argument is a ``PackedSequence``, a sparse or nested tensor, or a container that cannot
+            be built anew.
     """
     arguments = (tuple(inputs), dict(kwargs or {}))
     if not any(arguments):
@@ -138,7 +139,7 @@ def _side_by_side(one: _Chunks, other: _Chunks) -> bool:
 def _split(value: Any, devices: Sequence[torch.device], dim: int, path: str) -> list[Any]:
     """Return the part of ``value`` for each device."""
     if isinstance(value, Tensor):
-        return _split_tensor(value, devices, dim)
+        return _split_tensor(value, devices, dim, path)
     if has_rows(value):
         size = -(-value.shape[dim] // len(devices))
         before = (slice(None),) * (dim % value.ndim)
@@ -151,9 +152,15 @@ def _split(value: Any, devices: Sequence[torch.device], dim: int, path: str) -> 
     return [value] * len(devices)
 
 
-def _split_tensor(tensor: Tensor, devices: Sequence[torch.device], dim: int) -> list[Tensor]:
+def _split_tensor(tensor: Tensor, devices: Sequence[torch.device], dim: int, path: str) -> list[Tensor]:
     if len(devices) == 1:
         return [moved(tensor, devices[0])]
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(
+            f"expected a dense tensor to split, got a {kind} one in {path}: pass it as a dense tensor, or, if "
+            "every replica needs it whole, make it a buffer of the module"
+        )
     if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
         # A leaf may not be changed in place. Its chunks are views, so torch refuses that here too.
         chunks = tensor.chunk(len(devices), dim)
