@@ -52,6 +52,7 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
       more of these than replicas have run at once.
     - What cannot be right is an error: a forward inside a backward pass or inside a function transform
       (``torch.func``), and a parameter that the forward changes in place while several replicas share it.
+    - Buffers that the forward assigns, and numbers on which all replicas agree, reach the module.
     - Any number of threads may run models at once, or one model, as far as the module itself allows it.
 
     Args:

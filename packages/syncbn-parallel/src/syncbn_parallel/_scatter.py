@@ -101,6 +101,12 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _chunks(tensor: Any, most: int, dim: int, path: str) -> _Chunks:
     """Return how ``Tensor.chunk`` splits; an empty tensor makes 0 chunks, which stand for any number."""
+    if isinstance(tensor, Tensor) and most > 1 and (tensor.layout is not torch.strided or tensor.is_nested):
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(
+            f"expected a dense tensor to split, got a {kind} one in {path}: pass it as a dense tensor, or, if "
+            "every replica needs it whole, make it a buffer of the module"
+        )
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ValueError(
             f"expected a tensor with a batch dimension {dim}, got one of shape {tuple(tensor.shape)} "
@@ -139,7 +145,7 @@ def _side_by_side(one: _Chunks, other: _Chunks) -> bool:
 def _split(value: Any, devices: Sequence[torch.device], dim: int, path: str) -> list[Any]:
     """Return the part of ``value`` for each device."""
     if isinstance(value, Tensor):
-        return _split_tensor(value, devices, dim, path)
+        return _split_tensor(value, devices, dim)
     if has_rows(value):
         size = -(-value.shape[dim] // len(devices))
         before = (slice(None),) * (dim % value.ndim)
@@ -152,15 +158,9 @@ def _split(value: Any, devices: Sequence[torch.device], dim: int, path: str) -> 
     return [value] * len(devices)
 
 
-def _split_tensor(tensor: Tensor, devices: Sequence[torch.device], dim: int, path: str) -> list[Tensor]:
+def _split_tensor(tensor: Tensor, devices: Sequence[torch.device], dim: int) -> list[Tensor]:
     if len(devices) == 1:
         return [moved(tensor, devices[0])]
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise TypeError(
-            f"expected a dense tensor to split, got a {kind} one in {path}: pass it as a dense tensor, or, if "
-            "every replica needs it whole, make it a buffer of the module"
-        )
     if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
         # A leaf may not be changed in place. Its chunks are views, so torch refuses that here too.
         chunks = tensor.chunk(len(devices), dim)
