@@ -1,4 +1,4 @@
-"""A layer whose bound forward is kept somewhere stays as it is, with a warning: a bound method keeps its function."""
+"""A layer whose bound forward the model keeps stays as it is, with a warning."""
 
 import functools
 import warnings

@@ -96,7 +96,9 @@ def test_a_gradient_inside_a_replicas_forward_is_refused(
         loss = replica(batches[rank]).square().sum()
         return torch.autograd.grad(loss, wanted, retain_graph=True)[0]
 
-    with pytest.raises(RuntimeError, match=r"expected the backward of '.*' after the forward of all replicas"):
+    with pytest.raises(
+        RuntimeError, match=r"expected the backward of '.*' after the forward of all replicas"
+    ):
         DeviceReplicas(layer, DEVICES, introduced).run(work)
 
 

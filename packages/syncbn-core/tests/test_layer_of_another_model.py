@@ -85,7 +85,9 @@ class Escapes(nn.Module):
 def replicas_of_a_stock_data_parallel(model, world_size):
     """Replicate as torch does; nobody tells the replicas of each other."""
     modules = list(model.modules())
-    copies = {module: [module._replicate_for_data_parallel() for _ in range(world_size)] for module in modules}
+    copies = {
+        module: [module._replicate_for_data_parallel() for _ in range(world_size)] for module in modules
+    }
     for module in modules:
         for rank, replica in enumerate(copies[module]):
             replica._modules = {name: copies[child][rank] for name, child in module.named_children()}

@@ -374,5 +374,7 @@ UNSPLIT = {
 @pytest.mark.parametrize("kind", UNSPLIT)
 def test_a_tensor_that_is_not_dense_is_refused_by_its_place_and_kind(kind):
     model = DataParallelWithCallback(nn.Identity(), ["cpu"] * 2)
-    with pytest.raises(TypeError, match=rf"expected a dense tensor to split, got a .*{kind} one in inputs\[0\]\['x'\]"):
+    with pytest.raises(
+        TypeError, match=rf"expected a dense tensor to split, got a .*{kind} one in inputs\[0\]\['x'\]"
+    ):
         model({"x": UNSPLIT[kind]()})

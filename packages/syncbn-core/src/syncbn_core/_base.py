@@ -120,10 +120,10 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
 
     def _not_own(self, replica: str) -> RuntimeError:
         return RuntimeError(
-            f"expected {replica} to call its own copy of {self._where()!r}, got a call of a layer that is not "
-            "part of this replica, so it cannot synchronize. The code reaches the layer without the replica: "
-            "by a global variable, or an attribute of another object. Use an attribute of the module, such as "
-            "self.bn. If the layer is not to be trained, put it into evaluation mode"
+            f"expected {replica} to call its own copy of {self._where()!r}, got a call of a layer that is "
+            "not part of this replica, so it cannot synchronize. The code reaches the layer without the "
+            "replica: by a global variable, or an attribute of another object. Use an attribute of the "
+            "module, such as self.bn. If the layer is not to be trained, put it into evaluation mode"
         )
 
     def _forward_running(self, input: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a forward assigns to its module: buffers and numbers, which a single model would keep.
 
-A replica ends with its forward, and with it whatever the forward has assigned (``self.steps = self.steps + 1``).
-So what replica 0 has assigned to a buffer goes to the module, as what it writes into a buffer does. A number,
+A replica ends with its forward, and with it whatever the forward has assigned, as in ``self.steps += 1``. So
+what replica 0 has assigned to a buffer goes to the module, as what it writes into a buffer does. A number,
 such as a counter of steps, goes there if all replicas agree on it. Other attributes stay with the replicas:
 most of them are for the rest of the same forward.
 """
@@ -61,5 +61,6 @@ def _carry_numbers(keys: Sequence[str], name: str, original: nn.Module, made: Se
             path = f"{name}.{key}" if name else key
             warn_the_caller(
                 f"expected all replicas to assign the same number to {path!r}, got {values}: the model keeps "
-                f"{original.__dict__[key]!r}. Return the number from the forward as a tensor, or compute it outside"
+                f"{original.__dict__[key]!r}. Return the number from the forward as a tensor, or compute it "
+                "outside of the model"
             )

@@ -104,8 +104,8 @@ def _chunks(tensor: Any, most: int, dim: int, path: str) -> _Chunks:
     if isinstance(tensor, Tensor) and most > 1 and (tensor.layout is not torch.strided or tensor.is_nested):
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(
-            f"expected a dense tensor to split, got a {kind} one in {path}: pass it as a dense tensor, or, if "
-            "every replica needs it whole, make it a buffer of the module"
+            f"expected a dense tensor to split, got a {kind} one in {path}: pass it as a dense tensor, or, "
+            "if every replica needs it whole, make it a buffer of the module"
         )
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ValueError(
