@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,13 @@ class SharedTensorChanges:
         # A tensor of the inference mode has no version.
         self._shared = [(n, t, t._version) for n, t in shared.values() if not t.is_inference()]
         self._contents: list[int | None] | None = None
-        self._containers: list[tuple[str, Any, list[Any]]] = []
+        self._containers: list[tuple[str, Any, list[ref[Tensor]]]] = []
         if _is_time_to_compare(model, replicas[0].training):
             self._contents = [_fingerprint(tensor) for _, tensor, _ in self._shared]
-            self._containers = [(name, c, _values(c)) for name, c in _shared_containers(replicas)]
+            self._containers = [
+                (name, container, [ref(tensor) for tensor in _tensors_in(container)])
+                for name, container in _shared_containers(replicas)
+            ]
 
     def refuse(self) -> None:
         """Raise if one of the tensors has changed.
@@ -78,8 +81,8 @@ class SharedTensorChanges:
     def warn_of_containers(self) -> None:
         """Warn if a forward has put tensors into a container that all replicas share."""
         for name, container, before in self._containers:
-            known = set(map(id, before))
-            if any(isinstance(value, Tensor) and id(value) not in known for value in _values(container)):
+            known = {id(reference()) for reference in before}
+            if any(id(tensor) not in known for tensor in _tensors_in(container)):
                 warn_the_caller(
                     f"expected a forward that keeps its tensors to itself, got {name!r}, a "
                     f"{type(container).__name__}, filled with tensors: all replicas share it, so each may "
@@ -113,8 +116,9 @@ def _shared_containers(replicas: Sequence[nn.Module]) -> Iterator[tuple[str, Any
                 yield f"{name}.{key}" if name else key, value
 
 
-def _values(container: Any) -> list[Any]:
-    return list(container.values() if isinstance(container, dict) else container)
+def _tensors_in(container: Any) -> list[Tensor]:
+    values = list(container.values() if isinstance(container, dict) else container)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _is_time_to_compare(model: nn.Module, training: bool) -> bool:
