@@ -80,3 +80,31 @@ def test_a_second_derivative_is_refused_by_name(layer: nn.Module) -> None:
     gradients = torch.autograd.grad(outputs, leaves, weights, create_graph=True)
     with pytest.raises(RuntimeError, match="fused=False"):
         sum(g.square().sum().to("sim:0") for g in gradients).backward()
+
+
+@pytest.mark.parametrize("introduced", [True, False], ids=["introduced", "stock nn.DataParallel"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_a_gradient_inside_a_replicas_forward_is_refused(
+    of: str, fused: bool, introduced: bool, layer: nn.Module
+) -> None:
+    layer.fused = fused
+    batches = [x.requires_grad_() for x in inputs()]
+
+    def work(replica: nn.Module, rank: int) -> Tensor:
+        wanted = batches[rank] if of == "input" else layer.weight
+        loss = replica(batches[rank]).square().sum()
+        return torch.autograd.grad(loss, wanted, retain_graph=True)[0]
+
+    with pytest.raises(
+        RuntimeError, match=r"expected the backward of '.*' after the forward of all replicas"
+    ):
+        DeviceReplicas(layer, DEVICES, introduced).run(work)
+
+
+def test_a_backward_after_the_forward_of_a_stock_data_parallel_is_allowed(layer: nn.Module) -> None:
+    batches = [x.requires_grad_() for x in inputs()]
+    replicas = DeviceReplicas(layer, DEVICES, introduced=False)
+    outputs = replicas.run(lambda replica, rank: replica(batches[rank]))
+    torch.autograd.backward([y.square().sum() for y in outputs])
+    assert all(x.grad is not None for x in batches)

@@ -46,6 +46,30 @@ def test_it_is_an_error_in_every_replica(culprits, fused, retain_graph, replicas
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_gradient_of_a_parameter_of_the_layer_alone_is_an_error_too(name, fused, replicas_of):
+    layer = SynchronizedBatchNorm1d(3, fused=fused).double()
+
+    def forward(replica, rank):
+        return torch.autograd.grad(replica(chunks()[rank]).square().sum(), getattr(layer, name))
+
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        replicas_of(layer, 3).run(forward)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
+def test_a_gradient_of_what_comes_behind_the_layer_is_allowed(fused, replicas_of):
+    layer = SynchronizedBatchNorm1d(3, fused=fused).double()
+
+    def forward(replica, rank):
+        y = replica(chunks()[rank])
+        return torch.autograd.grad(y.square().sum(), y)[0] - 2 * y
+
+    for difference in replicas_of(layer, 3).run(forward):
+        assert not difference.any()
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composite"])
 def test_it_is_an_error_in_the_threads_of_a_stock_data_parallel(fused, run_threads):
     layer = SynchronizedBatchNorm1d(3, fused=fused).double()
     replicas = [layer._replicate_for_data_parallel() for _ in range(2)]

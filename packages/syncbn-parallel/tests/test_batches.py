@@ -360,3 +360,21 @@ def test_dataclasses_of_outputs_have_to_agree():
         gather([Batch(X), Batch(X, label=X)], CPU)
     with pytest.raises(ValueError, match=r"value .* \['a', 'b'\] in the output\.name; return a tensor"):
         gather([Batch(X), Batch(X, name="b")], CPU)
+
+
+UNSPLIT = {
+    "sparse_coo": lambda: torch.eye(4).to_sparse(),
+    "sparse_csr": lambda: torch.eye(4).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]),
+    "mkldnn": lambda: torch.ones(4, 3).to_mkldnn(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors):UserWarning")
+@pytest.mark.parametrize("kind", UNSPLIT)
+def test_a_tensor_that_is_not_dense_is_refused_by_its_place_and_kind(kind):
+    model = DataParallelWithCallback(nn.Identity(), ["cpu"] * 2)
+    with pytest.raises(
+        TypeError, match=rf"expected a dense tensor to split, got a .*{kind} one in inputs\[0\]\['x'\]"
+    ):
+        model({"x": UNSPLIT[kind]()})

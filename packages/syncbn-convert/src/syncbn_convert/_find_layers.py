@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from syncbn_convert._change_layer import OPTIONS
 from syncbn_convert._forward_check import SYNCHRONIZED, why_unsynchronized
+from syncbn_convert._kept_forwards import kept_forwards
 from syncbn_convert._registry import Build, Conversion, Swap, Wrap, conversion_of
 from syncbn_parallel import DataParallelWithCallback
 
@@ -58,11 +59,14 @@ def survey(model: nn.Module, skip: SkipRule | Iterable[SkipRule] = ()) -> list[F
             for member in module.modules():
                 if member is not module:
                     enclosed.setdefault(member, enclosure)
+    kept = kept_forwards(model)
     findings = []
     for name, module in model.named_modules():
         finding = _by_itself(name, module)
         if finding is None:
             continue
+        if isinstance(finding.conversion, Swap) and module in kept:
+            finding = Finding(name, module, Verdict.LEFT_ALONE, reason=_kept_in(kept[module]))
         if module in enclosed and finding.verdict is not Verdict.SYNCHRONIZES:
             verdict, reason = enclosed[module]
             if verdict is not Verdict.WRAPPED or finding.verdict is Verdict.CONVERTS:
@@ -129,6 +133,10 @@ def _enclosure(module: nn.Module) -> tuple[Verdict, str] | None:
     if isinstance(conversion_of(type(module)), Build):
         return Verdict.SKIPPED, f"part of a {type(module).__name__}, which converts as a whole"
     return None
+
+
+def _kept_in(place: str) -> str:
+    return f"{place} holds its forward, which would still be the unsynchronized one: store the layer itself"
 
 
 def _by_itself(name: str, module: nn.Module) -> Finding | None:

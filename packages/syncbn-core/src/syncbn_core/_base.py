@@ -40,6 +40,7 @@ from syncbn_core._processes.collectives import Processes, are_several, processes
 from syncbn_core._replicas.place import Message
 from syncbn_core._replicas.recomputation import in_backward, may_be_intercepted
 from syncbn_core._replicas.replication import ReplicatedLayer
+from syncbn_core._replicas.stock_data_parallel import in_a_stock_replica
 
 
 class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
@@ -53,14 +54,6 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     fused: bool = True
 
     _dims: tuple[int, ...] = (2, 3, 4, 5)
-    _overrides_reduction: bool = False
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        own = _SynchronizedBatchNorm
-        cls._overrides_reduction = any(
-            getattr(cls, hook) is not getattr(own, hook) for hook in _compiled.HOOKS
-        )
 
     def __init__(
         self,
@@ -112,19 +105,26 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         """Whether a call in training synchronizes over replicas or processes.
 
         Raises:
-            RuntimeError: this is the layer of the replicated model, and a replica has called it.
+            RuntimeError: a replica has called a layer that is not its own, such as that of the replicated
+                model.
         """
         group = self._group()
         replica = current_replica()
-        if replica is not None and replica.group is not group and replica.group.world_size > 1:
-            raise RuntimeError(
-                f"expected replica {replica.rank} (of 0 to {replica.group.world_size - 1}) to call its own "
-                f"copy of {self._where()!r}, got a call of a layer that is not part of this replica, so it "
-                "cannot synchronize. The code reaches the layer without the replica: by a global variable, "
-                "or an attribute of another object. Use an attribute of the module, such as self.bn. If the "
-                "layer is not to be trained, put it into evaluation mode"
-            )
+        if replica is not None:
+            is_own = replica.group is group and self._own_place().rank == replica.rank
+            if not is_own and replica.group.world_size > 1:
+                raise self._not_own(f"replica {replica.rank} (of 0 to {replica.group.world_size - 1})")
+        elif group is None and "_is_replica" not in self.__dict__ and in_a_stock_replica():
+            raise self._not_own("a replica")
         return group is not None or are_several(self.process_group, self._where())
+
+    def _not_own(self, replica: str) -> RuntimeError:
+        return RuntimeError(
+            f"expected {replica} to call its own copy of {self._where()!r}, got a call of a layer that is "
+            "not part of this replica, so it cannot synchronize. The code reaches the layer without the "
+            "replica: by a global variable, or an attribute of another object. Use an attribute of the "
+            "module, such as self.bn. If the layer is not to be trained, put it into evaluation mode"
+        )
 
     def _forward_running(self, input: Tensor) -> Tensor:
         """Normalize by the running statistics where eps is their floor."""
@@ -136,7 +136,11 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         x = input.to(compute_dtype(input.dtype))
         message = self._message(torch.stack(local_statistics(x)), x, input.dtype)
         mean, invstd = self._agree(message, synchronizes).unbind()
-        return plain.normalize(x, mean, invstd, self.weight, self.bias).to(input.dtype)
+        y = plain.normalize(x, mean, invstd, self.weight, self.bias).to(input.dtype)
+        if synchronizes and y.grad_fn is not None:
+            is_running, name = self._own_place().watch(), self._where()
+            y.grad_fn.register_prehook(lambda grads: refuse_inside_forward(is_running, name))
+        return y
 
     def _forward_one_node(self, x: Tensor) -> Tensor | None:
         """Return the output; None if the replicas have to meet again, since others use three nodes."""
@@ -156,6 +160,11 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         stream = current_stream(x.device)
         return Message(statistics, samples_per_channel(x), dtype, stream, torch.is_grad_enabled())
 
+    def _has_own(self, method: str) -> bool:
+        """Whether a method is the one of this module, not of a subclass or set on the object."""
+        own = getattr(_SynchronizedBatchNorm, method)
+        return method not in self.__dict__ and getattr(type(self), method) is own
+
     def _takes_one_node(self) -> bool:
         """Whether one node is enough: no checkpoint or hook intercepts this call, and nothing is overridden.
 
@@ -163,7 +172,7 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         """
         return (
             not self._own_place().nested
-            and _is_own(self._data_parallel_master, _SynchronizedBatchNorm._data_parallel_master)
+            and self._has_own("_data_parallel_master")
             and torch.is_grad_enabled()
             and not in_backward()
             and not may_be_intercepted()
@@ -238,9 +247,6 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             mean, m2, total = how.processes.merge_with_gradient(mean, m2, count)
         whole = whole_batch(mean, m2, total, count, how)
         agreed = torch.stack([whole.mean, whole.invstd])
-        is_running, name = how.is_running, how.name
-        if agreed.requires_grad:
-            agreed.register_hook(lambda grad: refuse_inside_forward(is_running, name))  # type: ignore[no-untyped-call]
         return [agreed.to(part.device, non_blocking=True) for part in parts]
 
     def _reduction(self, first: Tensor, dtype: torch.dtype) -> Reduction:
@@ -250,15 +256,14 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         if self.training:
             processes = processes_of(self.process_group, self._name_in_all_processes(), self._own_calls())
         clamped = clamps(self.eps_mode, processes is not None or group is not None)
-        is_own = _is_own(self._compute_mean_std, _SynchronizedBatchNorm._compute_mean_std)
-        moves = _is_own(self._move_running_statistics, _SynchronizedBatchNorm._move_running_statistics)
+        is_own = self._has_own("_compute_mean_std")
         return Reduction(
             dtype=compute_dtype(dtype),
             eps=self.eps,
             clamps=clamped,
             finish=self._compute_mean_std if is_own else self._compute_mean_std_and_carry_back,
             move=self._move_running_statistics,
-            is_standard=is_own and moves and not clamped,
+            is_standard=is_own and self._has_own("_move_running_statistics") and not clamped,
             running=self._running_statistics(),
             processes=processes,
             chain=chain_of(first, group) if processes is not None else None,
@@ -401,8 +406,3 @@ _forward_outside_of_graphs = _compiled.outside_of_graphs(_forward_training)
 
 def _as(like: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
-
-
-def _is_own(method: Any, own: Any) -> bool:
-    """Whether a layer's method is this class's own, not that of a subclass or of the very object."""
-    return getattr(method, "__func__", None) is own

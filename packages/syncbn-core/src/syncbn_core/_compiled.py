@@ -48,7 +48,7 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
         return True
     if layer._place is not None and (layer._place.nested or layer._place.group is not None):
         return False  # no graph holds what other threads do
-    if layer._overrides_reduction or any(hook in layer.__dict__ for hook in HOOKS):
+    if not (layer._has_own("_data_parallel_master") and layer._has_own("_compute_mean_std")):
         return False
     return not places_are_checked()  # by collectives besides
 
@@ -57,9 +57,6 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
 _is_exporting: Callable[[], bool] = getattr(
     torch.compiler, "is_exporting", lambda: not torch.compiler.is_dynamo_compiling()
 )
-
-HOOKS = ("_data_parallel_master", "_compute_mean_std")
-"""What a fork may override and the traced forward does not call."""
 
 
 # A compiler calls these once. torch.compiler.assume_constant_result sets the same, but loads the compiler.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from syncbn_comm import ReplicaGroup
+from syncbn_parallel._assignments import carry_assignments_over
 from syncbn_parallel._callbacks import introduce
 from syncbn_parallel._caller_state import CallerState
 from syncbn_parallel._compiler import outside_of_the_compiler
@@ -51,6 +52,7 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
       are never more threads than replicas have run at once.
     - Cases that would give wrong results are errors: a forward inside a backward pass or inside a function
       transform (``torch.func``), and a parameter that the forward changes in place while replicas share it.
+    - Buffers that the forward assigns, and numbers on which all replicas agree, reach the module.
     - Any number of threads may run models at once, and even the same model, if the module itself allows it.
 
     Args:
@@ -144,6 +146,7 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
             replicas = self.replicate(self.module, self.device_ids[: len(rows)])
             outputs = self.parallel_apply(replicas, rows, kwrows)
             changes.carry_over(self.dim)
+            carry_assignments_over(self.module, replicas)
         else:
             outputs = [self.module(*rows[0], **kwrows[0])]
             if len(self.device_ids) == 1:
@@ -182,6 +185,7 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         failure = first_failure([job.take_error() for job in jobs], group)
         if failure is None:
             changes.refuse()
+            changes.warn_of_containers()
             return [job.result for job in jobs]
         # Its traceback holds the frames of the replicas. These must not refer back to the error. Otherwise
         # the memory of a failed forward, as after an out-of-memory error, stays until the garbage collector

@@ -1,22 +1,25 @@
 """In-place changes of what replicas share: parameters, plain tensors, and the model's input.
 
 In the single model such a change happens once. Replicas on one device share their parameters and the tensors
-in plain attributes, so there it would happen once per replica; that is an error. Changes of the input are
+in plain attributes, so there it would happen once per replica; that is an error. Containers in attributes are
+shared by all replicas; a warning says so if one has been filled with tensors. Changes of the input are
 carried over to the caller's tensor.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from syncbn_parallel._containers import parts_of
 from syncbn_parallel._devices import moved
-from syncbn_parallel._module_tree import named_submodules
+from syncbn_parallel._hints import warn_the_caller
+from syncbn_parallel._module_tree import STANDARD_ATTRIBUTES, named_submodules
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,8 +50,13 @@ class SharedTensorChanges:
         # A tensor of the inference mode has no version.
         self._shared = [(n, t, t._version) for n, t in shared.values() if not t.is_inference()]
         self._contents: list[int | None] | None = None
-        if self._shared and _is_time_to_compare(model, replicas[0].training):
+        self._containers: list[tuple[str, Any, list[ref[Tensor]]]] = []
+        if _is_time_to_compare(model, replicas[0].training):
             self._contents = [_fingerprint(tensor) for _, tensor, _ in self._shared]
+            self._containers = [
+                (name, container, [ref(tensor) for tensor in _tensors_in(container)])
+                for name, container in _shared_containers(replicas)
+            ]
 
     def refuse(self) -> None:
         """Raise if one of the tensors has changed.
@@ -70,6 +78,19 @@ class SharedTensorChanges:
                     "(torch.nn.utils.parametrize), or register it as a buffer: each replica has its own"
                 )
 
+    def warn_of_containers(self) -> None:
+        """Warn if a forward has put tensors into a container that all replicas share."""
+        for name, container, before in self._containers:
+            known = {id(reference()) for reference in before}
+            if any(id(tensor) not in known for tensor in _tensors_in(container)):
+                warn_the_caller(
+                    f"expected a forward that keeps its tensors to itself, got {name!r}, a "
+                    f"{type(container).__name__}, filled with tensors: all replicas share it, so each may "
+                    "read what another one has put there. Let the forward use a local variable, or set the "
+                    "attribute anew (self.x = {}), which each replica does for itself; to use the tensors "
+                    "after the forward, return them"
+                )
+
 
 def _shared_tensors(replica: nn.Module) -> Iterator[tuple[int, tuple[str, Tensor]]]:
     """Yield the parameters of a replica and the tensors in plain attributes, by id and with their names."""
@@ -84,6 +105,20 @@ def _shared_tensors(replica: nn.Module) -> Iterator[tuple[int, tuple[str, Tensor
             for key, value in module.__dict__.items():
                 if type(value) is Tensor and value.grad_fn is None and id(value) not in buffers:
                     yield id(value), (prefix + key, value)
+
+
+def _shared_containers(replicas: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Yield the lists, dicts, sets and deques in attributes that the first two replicas share."""
+    for (name, first), (_, second) in zip(*map(named_submodules, replicas[:2])):
+        for key in first.__dict__.keys() - STANDARD_ATTRIBUTES:
+            value = first.__dict__[key]
+            if isinstance(value, (list, dict, set, deque)) and second.__dict__.get(key) is value:
+                yield f"{name}.{key}" if name else key, value
+
+
+def _tensors_in(container: Any) -> list[Tensor]:
+    values = list(container.values() if isinstance(container, dict) else container)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _is_time_to_compare(model: nn.Module, training: bool) -> bool:

@@ -66,7 +66,8 @@ def scatter_kwargs(
         ValueError: a tensor has no dimension ``dim``; or two tensors cannot be split side by side, because
             they make different numbers of chunks, or the chunks of one are not all the same whole multiple of
             those of the other. An empty tensor goes with any others.
-        TypeError: an argument is a ``PackedSequence``, or a container that cannot be built anew.
+        TypeError: an argument is a ``PackedSequence``, a sparse or nested tensor, or a container that cannot
+            be built anew.
     """
     arguments = (tuple(inputs), dict(kwargs or {}))
     if not any(arguments):
@@ -100,6 +101,12 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _chunks(tensor: Any, most: int, dim: int, path: str) -> _Chunks:
     """Return how ``Tensor.chunk`` splits; an empty tensor makes 0 chunks, which means any number."""
+    if isinstance(tensor, Tensor) and most > 1 and (tensor.layout is not torch.strided or tensor.is_nested):
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(
+            f"expected a dense tensor to split, got a {kind} one in {path}: pass it as a dense tensor, or, "
+            "if every replica needs it whole, make it a buffer of the module"
+        )
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ValueError(
             f"expected a tensor with a batch dimension {dim}, got one of shape {tuple(tensor.shape)} "

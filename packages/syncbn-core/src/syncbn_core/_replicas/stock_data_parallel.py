@@ -16,8 +16,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import replicate as torch_replicate
 
@@ -25,6 +28,11 @@ from syncbn_comm import BrokenSyncError, ReplicaGroup
 from syncbn_core._replicas.place import Master, Place
 
 _REMEDY = "wrap the model in syncbn_parallel.DataParallelWithCallback or call patch_replication_callback"
+
+# Private to torch; every backward and every autograd.grad goes through it.
+_ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
+
+_MODULE_CALL = nn.Module._call_impl.__code__
 
 Threads = weakref.WeakSet[threading.Thread]
 
@@ -56,6 +64,18 @@ def _announced_replicas() -> int | None:
         return None
     announced: int | None = frame.f_locals.get("num_replicas")
     return announced
+
+
+def in_a_stock_replica() -> bool:
+    """Whether this thread runs a module that is a replica."""
+    if threading.current_thread() is threading.main_thread():
+        return False  # replicas run in threads of their own
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL and "_is_replica" in vars(frame.f_locals["self"]):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Forward:
@@ -121,10 +141,9 @@ class StockPlace(Place):
         self._caller = threading.get_ident()  # may run a replica, and the backward later
 
     def watch(self) -> Callable[[], bool]:
-        """Return a function that tells whether a replica's own thread asks."""
+        """Return a function that tells whether a replica's own thread runs the present backward."""
         # A replica's thread ends with the replica, so what it differentiates belongs to its forward.
-        threads = self._threads
-        return lambda: threading.current_thread() in threads
+        return partial(_run_a_backward, self._threads)
 
     def meet(self, message: Any, master: Master) -> Any:
         """Synchronize with the other replicas; the end of this thread is the end of this replica."""
@@ -141,6 +160,26 @@ class StockPlace(Place):
                 f"a stock nn.DataParallel does not report why a replica ended; to see the reason, {_REMEDY}"
             )
             raise
+
+
+def _run_a_backward(threads: Threads) -> bool:
+    """Whether one of these threads runs a backward.
+
+    On accelerators, nodes run in a thread of their device, while the thread that called the backward waits.
+    """
+    if threading.current_thread() in threads:
+        return True
+    own = {thread.ident for thread in threads if thread.is_alive()}
+    return bool(own) and any(_is_in_backward(f) for ident, f in sys._current_frames().items() if ident in own)
+
+
+def _is_in_backward(frame: FrameType | None) -> bool:
+    """Whether a frame or one of its callers is the function of torch that runs the autograd engine."""
+    while frame is not None:
+        if frame.f_code is _ENGINE_CALL:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Attendance:
