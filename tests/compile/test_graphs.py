@@ -1,5 +1,6 @@
 """What a compiler gets to see: one graph without a break, and one collective each way per layer."""
 
+import copy
 import os
 from collections import Counter
 from unittest import mock
@@ -206,3 +207,31 @@ def test_processes_at_different_layers_of_one_width_get_an_error(phase, compilin
     for error, name in zip(errors, ("stem", "head"), strict=True):
         assert error.startswith(f"expected all processes in the {phase} of '{name}'"), error
         assert "at another layer" in error
+
+
+def differentiate_by_a_transform(world):
+    torch.manual_seed(0)
+    twin = nn.BatchNorm2d(3, track_running_stats=False).double()
+    layer = convert_model(copy.deepcopy(twin))
+    whole, weights = torch.randn(2, 7, 3, 2, 2, dtype=torch.float64)
+    mine = world.share(weights, [4, 3])
+
+    def gradient(x):
+        return torch.func.grad(lambda x: (layer(x) * mine).sum())(x)
+
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    whole.requires_grad_()
+    (expected,) = torch.autograd.grad((twin(whole) * weights).sum(), whole)
+    torch.testing.assert_close(
+        compiled(world.share(whole.detach(), [4, 3])), world.share(expected, [4, 3]), **EXACT
+    )
+    for transform in (
+        lambda x: torch.func.vmap(layer)(torch.stack([x, x])),
+        lambda x: torch.func.jvp(layer, (x,), (x,))[1],
+    ):
+        with pytest.raises(Exception, match=r"Batching rule not implemented|You must implement the jvp"):
+            torch.compile(transform, backend="aot_eager")(mine)
+
+
+def test_transforms_inside_of_the_graph_are_right_or_an_error(workers):
+    workers(2).run(differentiate_by_a_transform)

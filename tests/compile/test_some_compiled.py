@@ -1,5 +1,8 @@
 """Only some of the processes compile their model: right, or an error, and never a wait without an end."""
 
+import copy
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +97,37 @@ def test_a_first_layer_on_data_without_parameters_is_right_or_an_error(new_worke
     outcomes = new_workers(2, group_seconds=5).outcomes(train_on_data, False)
     right = [{"result": "right"}] * 2
     assert outcomes == right or all(outcome is None or "error" in outcome for outcome in outcomes), outcomes
+
+
+class Residual(nn.Module):
+    """A block with two branches of one width."""
+
+    def __init__(self):
+        super().__init__()
+        self.long = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1))
+        self.last, self.short = nn.BatchNorm2d(6), nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))
+
+    def forward(self, x):
+        return self.last(self.long(x)) + self.short(x)
+
+
+def train_branches_in_ddp(world):
+    """Compile around DDP in process 1, where torch splits the graph between many buckets."""
+    torch.manual_seed(0)
+    twin = Residual().double()
+    model = convert_model(copy.deepcopy(twin))
+    with mock.patch.object(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 64):
+        called = DistributedDataParallel(model, bucket_cap_mb=1e-4)
+        if world.rank:
+            called = torch.compile(called, backend="aot_eager")
+        for step in range(2):
+            torch.manual_seed(step)
+            whole = torch.randn(7, 3, 3, 3, dtype=torch.float64)
+            world.assert_equals_whole_batch(called, model, twin, whole, [4, 3], averaged=True, **EXACT)
+    return "right"
+
+
+def test_branches_of_one_width_that_torch_reorders_for_some_are_right_or_an_error(new_workers):
+    outcomes = new_workers(2, group_seconds=60).outcomes(train_branches_in_ddp)
+    right = [{"result": "right"}] * 2
+    assert outcomes == right or all("at another layer" in outcome["error"] for outcome in outcomes), outcomes

@@ -243,10 +243,36 @@ def train_in_blocks(world):
         (y * weights).sum().backward()
         for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(world.total(ours.grad), theirs.grad, **EXACT)
+    moves = [layer.num_batches_tracked.item() for layer in model.modules() if hasattr(layer, "momentum")]
+    assert moves == [2, 4, 2]  # of the recomputed block twice a step, as those of torch's own layers
 
 
 def test_blocks_that_are_compiled_one_by_one_and_recomputed(workers):
     workers(2).run(train_in_blocks)
+
+
+def train_many_blocks(world, limit):
+    """Compile ten blocks of one class one by one; return how many graphs that makes."""
+    torch.manual_seed(0)
+    twin = nn.Sequential(*(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()) for _ in range(10))).double()
+    model = convert_model(copy.deepcopy(twin))
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    for block in model:
+        block.compile(backend=backend)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        world.assert_equals_whole_batch(model, model, twin, small_batch(0), SIZES, **EXACT)
+    return len(graphs)
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "recompile_limit"), reason="has another name there")
+@pytest.mark.parametrize(("limit", "compiled"), [(8, 8), (10, 10)], ids=["default", "raised"])
+def test_many_blocks_that_are_compiled_one_by_one(limit, compiled, workers):
+    assert workers(2).run(train_many_blocks, limit) == [compiled] * 2
 
 
 def adversaries():
