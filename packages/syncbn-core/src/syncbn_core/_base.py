@@ -114,8 +114,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             is_own = replica.group is group and self._own_place().rank == replica.rank
             if not is_own and replica.group.world_size > 1:
                 raise self._not_own(f"replica {replica.rank} (of 0 to {replica.group.world_size - 1})")
-        elif group is None and "_is_replica" not in self.__dict__ and in_a_stock_replica():
-            raise self._not_own("a replica")
+        elif group is None and "_is_replica" not in self.__dict__ and not torch.compiler.is_compiling():
+            if in_a_stock_replica():
+                raise self._not_own("a replica")
         return group is not None or are_several(self.process_group, self._where())
 
     def _not_own(self, replica: str) -> RuntimeError:
