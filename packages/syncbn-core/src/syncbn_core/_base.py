@@ -114,9 +114,13 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             is_own = replica.group is group and self._own_place().rank == replica.rank
             if not is_own and replica.group.world_size > 1:
                 raise self._not_own(f"replica {replica.rank} (of 0 to {replica.group.world_size - 1})")
-        elif group is None and "_is_replica" not in self.__dict__ and in_a_stock_replica():
+        elif group is None and not torch.compiler.is_compiling() and self._is_out_of_place():
             raise self._not_own("a replica")
         return group is not None or are_several(self.process_group, self._where())
+
+    def _is_out_of_place(self) -> bool:
+        """Whether a replica of an ``nn.DataParallel`` calls this layer, which is no replica."""
+        return "_is_replica" not in self.__dict__ and in_a_stock_replica()
 
     def _not_own(self, replica: str) -> RuntimeError:
         return RuntimeError(
