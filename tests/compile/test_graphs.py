@@ -174,6 +174,9 @@ def train_checked(world):
         for _ in range(2):
             whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
             world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="SYNCBN_CHECK is set"):
+            torch.compile(model, backend="eager", fullgraph=True)(whole)
 
 
 def test_the_check_of_places_breaks_the_graph_and_is_right(workers):
@@ -199,6 +202,7 @@ def go_astray(world, phase, compiling, many):
         return str(error)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("many", [2, 9], ids=["sum", "gather"])
 @pytest.mark.parametrize("compiling", [[0, 1], [1]], ids=["both compiled", "one compiled"])
 @pytest.mark.parametrize("phase", ["forward", "backward"])

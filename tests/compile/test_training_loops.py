@@ -269,6 +269,7 @@ def train_many_blocks(world, limit):
     return len(graphs)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "recompile_limit"), reason="has another name there")
 @pytest.mark.parametrize(("limit", "compiled"), [(8, 8), (10, 10)], ids=["default", "raised"])
 def test_many_blocks_that_are_compiled_one_by_one(limit, compiled, workers):
