@@ -229,6 +229,8 @@ def ecosystem(session: nox.Session) -> None:
     # A selection of the tests would leave a selection of the rows.
     tables = () if session.posargs else ("--tables", "docs/ecosystem.md")
     session.run("python", "-m", "pytest", "-s", *tables, "tests/ecosystem", *session.posargs)
+    if not session.posargs:  # skipped in the other sessions, which do not install onnx
+        session.run("python", "-m", "pytest", "tests/compile/test_export.py", "-k", "onnx")
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """A training step with and without ``torch.compile``, in one process and in two.
 
-Each process trains on its own batch with one thread. The variants:
+Each process trains on its own batch with one thread, on a core of its own. The variants:
 
 - unsynchronized: torch's ``nn.BatchNorm2d``, not compiled, and compiled;
 - eager: ``SynchronizedBatchNorm2d``, not compiled;
@@ -160,6 +160,9 @@ def work(rank: int, world_size: int, options: argparse.Namespace, folder: str) -
     """Measure in one of the processes; process 0 writes it down."""
     warnings.filterwarnings("default", module=r"torch\.")  # the compiler warns of parts of itself
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # otherwise processes that wake each other meet on one core
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     if world_size > 1:
         store = dist.FileStore(f"{folder}/store-{world_size}", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

@@ -190,7 +190,7 @@ def main() -> None:
     store, pipe, rank, world_size, seconds = sys.argv[1:6]
     faulthandler.enable()
     warnings.simplefilter("error")
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
+    for category in (FutureWarning, DeprecationWarning, UserWarning, RuntimeWarning):
         warnings.filterwarnings("default", category=category, module=r"torch\.")  # of the compiler itself
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -91,6 +91,15 @@ def _statistics_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return mean, m2.clamp(min=0)
 
 
+def _once(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """Return the vectors, ``(C,)`` each, as rows of one tensor.
+
+    A compiler computes the rows before the loop over the batch that reads them. Separate vectors it would
+    compute inside of that loop, again for every element.
+    """
+    return torch.stack(vectors).unbind()
+
+
 def _move_unless_empty(
     layer: _SynchronizedBatchNorm, total: Tensor, mean: Tensor, unbiased_var: Tensor
 ) -> None:
@@ -119,7 +128,6 @@ class _Normalize(Function):
         world_size: int,
         name: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, invstd, varies, total)
         ctx.group, ctx.name = Group(group_name, world_size), name
         ctx.bias_dtype = None if bias is None else bias.dtype
         dtype = compute_dtype(x.dtype)
@@ -129,14 +137,15 @@ class _Normalize(Function):
         shift = (rounded - mean) * scale
         if bias is not None:
             shift = shift + bias
-        y = (x.to(dtype) - unsqueeze_channels(rounded, x)) * unsqueeze_channels(scale.to(dtype), x)
-        return (y + unsqueeze_channels(shift.to(dtype), x)).to(x.dtype)
+        rounded, scale, shift = _once(rounded, scale.to(dtype), shift.to(dtype))
+        ctx.save_for_backward(x, weight, mean, rounded, invstd, varies, total)
+        y = (x.to(dtype) - unsqueeze_channels(rounded, x)) * unsqueeze_channels(scale, x)
+        return (y + unsqueeze_channels(shift, x)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, varies, total = ctx.saved_tensors
+        x, weight, mean, rounded, invstd, varies, total = ctx.saved_tensors
         dtype = compute_dtype(x.dtype)
-        rounded = mean.to(dtype)
         rounding = rounded - mean
         dy_ = dy.to(dtype)
         xmu = x.to(dtype) - unsqueeze_channels(rounded, x)
@@ -148,9 +157,8 @@ class _Normalize(Function):
             total_dy_xmu = total_dy_xmu * varies
         total_dy = total_dy + total_dy_xmu * invstd * invstd * rounding
         given = InputGradient(rounded, invstd, weight, total_dy, total_dy_xmu, total.clamp(min=1))
-        scale, slope, shift = (
-            unsqueeze_channels(vector.to(dtype), x) for vector in affine_coefficients(given)
-        )
+        vectors = _once(*(vector.to(dtype) for vector in affine_coefficients(given)))
+        scale, slope, shift = (unsqueeze_channels(vector, x) for vector in vectors)
         dx = (dy_ * scale + xmu * slope + shift).to(x.dtype)
         dweight = None if weight is None else (sum_dy_xmu * invstd).to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
