@@ -215,10 +215,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def bench_processes(session: nox.Session) -> None:
-    """Measure one layer over 1, 2, 4 and 8 processes beside what else one could do."""
+    """Measure one layer over 1, 2, 4 and 8 processes, and a step that is compiled over two."""
     install_torch(session, "matplotlib", "numpy")
-    install_only(session, ["comm", "core"])
-    session.run("python", "benchmarks/processes.py", *session.posargs)
+    install_only(session, LAYERS)
+    for program in ("processes", "compiled"):
+        session.run("python", f"benchmarks/{program}.py", *session.posargs)
 
 
 @nox.session

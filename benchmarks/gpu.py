@@ -23,7 +23,7 @@ class NativeBatchNorm2d(nn.BatchNorm2d):
     """Torch's own kernels, where ``nn.BatchNorm2d`` takes those of cuDNN."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``."""
+        """Normalize ``(N, C, H, W)``."""
         with torch.backends.cudnn.flags(enabled=False):
             return super().forward(input)
 
@@ -32,7 +32,7 @@ class SyncBatchNormAlone(nn.BatchNorm2d):
     """What ``nn.SyncBatchNorm`` does, in a process that is the only one; the class itself would not do it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``."""
+        """Normalize ``(N, C, H, W)``."""
         running = self.running_mean, self.running_var
         affine = self.weight, self.bias
         return SyncBatchNorm.apply(input, *affine, *running, self.eps, self.momentum, dist.group.WORLD, 1)

@@ -23,7 +23,7 @@ class PlainOpsBatchNorm2d(nn.BatchNorm2d):
         self._replica, self._place = ctx.group.member(copy_id), ctx.name
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)`` by the statistics of all replicas."""
+        """Normalize ``(N, C, H, W)`` by the statistics of all replicas."""
         x = input.reshape(input.shape[0], input.shape[1], -1)
         sums = x.sum((0, 2)), (x**2).sum((0, 2)), x.shape[0] * x.shape[2]
         mean, invstd = self._replica.exchange(sums, self._reduce, where=self._place)

@@ -60,7 +60,7 @@ class PlainOps(nn.BatchNorm2d):
     """Synchronized batch norm of ordinary operations, for equal batches."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise by the mean and the mean of squares over all processes."""
+        """Normalize by the mean and the mean of squares over all processes."""
         means = torch.stack([x.mean((0, 2, 3)), (x * x).mean((0, 2, 3))])
         mean, mean_of_squares = SumOverProcesses.apply(means) / dist.get_world_size()
         var = mean_of_squares - mean * mean

@@ -141,11 +141,17 @@ def _chart(rows: Sequence[Row]) -> Figure:
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(grid, panels):
         _draw(axes, panel, rows)
-    names, handles = panels[0].variants, grid[0].containers
+    names, handles = list(map(_in_words, panels[0].variants)), grid[0].containers
     bars_alone = [handle for handle in handles if isinstance(handle, BarContainer)]
     figure.legend(bars_alone, names, loc="outside upper left", ncols=len(names), frameon=False)
     figure.supxlabel(f"time of a step / time of {rows[0].variant}; less is better", fontsize=10)
     return figure
+
+
+def _in_words(variant: str) -> str:
+    """Return "synchronized, 2 replicas" for "2 synchronized"."""
+    number, _, rest = variant.partition(" ")
+    return f"{rest}, {number} replicas" if number.isdigit() else variant
 
 
 def _draw(axes: Any, panel: Panel, rows: Sequence[Row]) -> None:
