@@ -29,17 +29,17 @@ def carry_assignments_over(module: nn.Module, replicas: Sequence[nn.Module]) -> 
         module: what the replicas are of.
         replicas: after their forward; replica 0 was given the buffers of the module.
     """
-    originals, copies = named_submodules(module), named_submodules(replicas[0])
-    if len(originals) != len(copies):
+    originals, copies = named_submodules(module), [named_submodules(replicas[0])]
+    if len(originals) != len(copies[0]):
         return  # an override of `replicate` has done something else
-    for i, ((name, original), (_, first)) in enumerate(zip(originals, copies)):
+    for i, ((name, original), (_, first)) in enumerate(zip(originals, copies[0])):
         for key, buffer in first._buffers.items():
             if key in original._buffers and original._buffers[key] is not buffer:
                 original._buffers[key] = buffer
-        changed = _changed_numbers(original.__dict__, first.__dict__)
-        if changed:
-            made = [named_submodules(replica)[i][1] for replica in replicas]
-            _carry_numbers(changed, name, original, made)
+        for key in _changed_numbers(original.__dict__, first.__dict__):
+            if len(copies) == 1:  # seldom needed, so not walked before
+                copies += map(named_submodules, replicas[1:])
+            _carry_number(key, name, original, [column[i][1].__dict__.get(key) for column in copies])
 
 
 def _changed_numbers(state: dict[str, Any], new_state: dict[str, Any]) -> list[str]:
@@ -51,16 +51,14 @@ def _changed_numbers(state: dict[str, Any], new_state: dict[str, Any]) -> list[s
     ]
 
 
-def _carry_numbers(keys: Sequence[str], name: str, original: nn.Module, made: Sequence[nn.Module]) -> None:
-    for key in keys:
-        values = [copied.__dict__.get(key) for copied in made]
-        if all(value == values[0] for value in values):
-            original.__dict__[key] = values[0]
-        elif key not in _warned.setdefault(original, set()):
-            _warned[original].add(key)
-            path = f"{name}.{key}" if name else key
-            warn_the_caller(
-                f"expected all replicas to assign the same number to {path!r}, got {values}: the model keeps "
-                f"{original.__dict__[key]!r}. Return the number from the forward as a tensor, or compute it "
-                "outside of the model"
-            )
+def _carry_number(key: str, name: str, original: nn.Module, values: Sequence[Any]) -> None:
+    if all(value == values[0] for value in values):
+        original.__dict__[key] = values[0]
+    elif key not in _warned.setdefault(original, set()):
+        _warned[original].add(key)
+        path = f"{name}.{key}" if name else key
+        warn_the_caller(
+            f"expected all replicas to assign the same number to {path!r}, got {values}: the model keeps "
+            f"{original.__dict__[key]!r}. Return the number from the forward as a tensor, or compute it "
+            "outside of the model"
+        )
