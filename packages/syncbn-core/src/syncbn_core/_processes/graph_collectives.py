@@ -47,17 +47,10 @@ def group_of(process_group: Any, where: str) -> Group | None:
     Raises:
         ValueError: this process is not in the group.
     """
-    if process_group is collectives.THIS_PROCESS or not dist.is_available() or not dist.is_initialized():
+    if not collectives.are_several(process_group, where):
         return None
-    if process_group is None:
-        process_group = dist.group.WORLD
-    if dist.get_rank(process_group) < 0:
-        raise ValueError(
-            f"expected a process_group that this process is in at {where!r}, got one without process "
-            f"{dist.get_rank()}: give every process its own sub-group, or THIS_PROCESS"
-        )
-    world_size = dist.get_world_size(process_group)
-    return Group(process_group.group_name, world_size) if world_size > 1 else None
+    process_group = dist.group.WORLD if process_group is None else process_group
+    return Group(process_group.group_name, dist.get_world_size(process_group))
 
 
 def all_gather(values: Tensor, group: Group, place: Place) -> Tensor:
