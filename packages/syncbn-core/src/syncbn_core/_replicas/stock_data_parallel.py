@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -70,12 +70,8 @@ def in_a_stock_replica() -> bool:
     """Whether this thread runs a module that is a replica."""
     if threading.current_thread() is threading.main_thread():
         return False  # replicas run in threads of their own
-    frame = sys._getframe(1).f_back
-    while frame is not None:
-        if frame.f_code is _MODULE_CALL and "_is_replica" in vars(frame.f_locals["self"]):
-            return True
-        frame = frame.f_back
-    return False
+    frames = _with_callers(sys._getframe(1))
+    return any(f.f_code is _MODULE_CALL and "_is_replica" in vars(f.f_locals["self"]) for f in frames)
 
 
 class _Forward:
@@ -173,13 +169,15 @@ def _run_a_backward(threads: Threads) -> bool:
     return bool(own) and any(_is_in_backward(f) for ident, f in sys._current_frames().items() if ident in own)
 
 
-def _is_in_backward(frame: FrameType | None) -> bool:
+def _is_in_backward(frame: FrameType) -> bool:
     """Whether a frame or one of its callers is the function of torch that runs the autograd engine."""
+    return any(f.f_code is _ENGINE_CALL for f in _with_callers(frame))
+
+
+def _with_callers(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
-        if frame.f_code is _ENGINE_CALL:
-            return True
+        yield frame
         frame = frame.f_back
-    return False
 
 
 class _Attendance:
