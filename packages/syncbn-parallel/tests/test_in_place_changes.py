@@ -201,33 +201,33 @@ def test_a_leaf_that_requires_grad_may_not_be_changed_in_place():
         assert torch.equal(own.detach(), x)
 
 
+class Look(nn.Module):
+    """Notes where the memory of its inputs is."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.untyped_storage().data_ptr())
+        return x * 2
+
+
 def test_a_leaf_that_requires_grad_is_not_copied():
-    seen = []
-
-    class Look(nn.Module):
-        def forward(self, x):
-            seen.append(x.untyped_storage().data_ptr())
-            return x * 2
-
+    look = Look()
     x = torch.randn(6, 4, requires_grad=True)
-    DataParallelWithCallback(Look(), ["cpu"] * 3)(x).sum().backward()
-    assert set(seen) == {x.untyped_storage().data_ptr()}
+    DataParallelWithCallback(look, ["cpu"] * 3)(x).sum().backward()
+    assert set(look.seen) == {x.untyped_storage().data_ptr()}
     assert torch.equal(x.grad, torch.full((6, 4), 2.0))
 
 
 def test_an_input_that_is_not_changed_keeps_its_history_and_its_memory():
-    seen = []
-
-    class Look(nn.Module):
-        def forward(self, x):
-            seen.append(x.untyped_storage().data_ptr())
-            return x * 2
-
+    look = Look()
     x = torch.randn(6, 4).requires_grad_() * 1
     before = x.grad_fn, x._version
-    DataParallelWithCallback(Look(), ["cpu"] * 3)(x)
+    DataParallelWithCallback(look, ["cpu"] * 3)(x)
     assert (x.grad_fn, x._version) == before
-    assert set(seen) == {x.untyped_storage().data_ptr()}
+    assert set(look.seen) == {x.untyped_storage().data_ptr()}
 
 
 def test_second_derivatives_go_through_the_chunks():
