@@ -44,7 +44,7 @@ def folder_of(tmp_path_factory):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["layer", "rounds", "model", "replication"])
+@pytest.mark.parametrize("name", ["layer", "rounds", "model", "replication", "compiled"])
 def test_every_variant_is_timed_in_blocks_and_in_turns_under_every_setting(name, folder_of):
     tables = tables_of((folder_of(name) / f"{name}.md").read_text())
     conditions = {}
@@ -73,7 +73,7 @@ def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_pla
         assert (0 <= beyond < 50) == ("plain" not in variant)
 
 
-@pytest.mark.parametrize("name", ["layer", "model"])
+@pytest.mark.parametrize("name", ["layer", "model", "compiled"])
 def test_a_chart_is_drawn_again_from_its_table(name, tmp_path):
     table = tmp_path / f"{name}.md"
     table.write_text((BENCHMARKS / "results" / f"{name}.md").read_text())

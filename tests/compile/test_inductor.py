@@ -107,6 +107,7 @@ def train_every_option(world):
         world.assert_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
 
 
+@pytest.mark.full
 def test_every_option_at_once_and_shards_of_every_size(workers):
     workers(2).run(train_every_option)
 

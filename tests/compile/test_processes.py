@@ -44,7 +44,11 @@ FOUR = [[3, 2, 4, 3], [1, 0, 0, 2], [3, 2, 4, 3]]
 
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [pytest.param("eager", False, marks=pytest.mark.full), ("aot_eager", False), ("aot_eager", True)],
+    [
+        pytest.param("eager", False, marks=pytest.mark.full),
+        pytest.param("aot_eager", False, marks=pytest.mark.full),
+        ("aot_eager", True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("all_sizes", [TWO, pytest.param(FOUR, marks=pytest.mark.full)], ids=["two", "four"])
