@@ -108,7 +108,7 @@ def test_a_tracer_that_takes_the_layers_as_leaves():
     torch.testing.assert_close(traced(x), net()(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_script_is_an_error_and_takes_what_revert_returns():
     model = convert_model(net())
     with pytest.raises((RuntimeError, torch.jit.frontend.FrontendError)):
