@@ -33,10 +33,10 @@ from syncbn_core._kernels.statistics import (
     samples_per_channel,
     whole_batch,
 )
-from syncbn_core._kernels.streams import current_stream, keep_for, ordered
+from syncbn_core._kernels.streams import current_stream, keep_for, wait_for
 from syncbn_core._options import EpsMode, check_eps_mode, clamps
 from syncbn_core._processes.backward_order import chain_of
-from syncbn_core._processes.collectives import Processes, are_several, processes_of
+from syncbn_core._processes.collectives import Processes, are_several
 from syncbn_core._replicas.place import Message
 from syncbn_core._replicas.recomputation import in_backward, may_be_intercepted
 from syncbn_core._replicas.replication import ReplicatedLayer
@@ -197,21 +197,22 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         """
         ranks, messages = zip(*intermediates)
         kinds = set(map(type, messages))
+        own_streams = [wait_for(message.stream) for message in messages]
         answers: list[tuple[int, Any]]
-        with ordered([message.stream for message in messages]) as own_streams:
-            if kinds == {Message}:
-                # Replica 0 may be in no_grad while others need the graph.
-                with torch.set_grad_enabled(any(message.in_grad_mode for message in messages)):
-                    answers = self._data_parallel_master(intermediates)
-            elif kinds == {one_node.Share} and len({share.x.dtype for share in messages}) == 1:
-                how = self._reduction(messages[0].x, messages[0].x.dtype)
-                answers = list(zip(ranks, one_node.reduce(messages, how)))
-            else:
-                return [(rank, None) for rank in ranks]
-            for message, (_, answer), own_stream in zip(messages, answers, own_streams):
-                if own_stream is not None:
-                    keep_for(message.tensor, own_stream)
-                    keep_for(answer if isinstance(answer, Tensor) else answer.y, message.stream)
+        if kinds == {Message}:
+            # Replica 0 may be in no_grad while others need the graph.
+            with torch.set_grad_enabled(any(message.in_grad_mode for message in messages)):
+                answers = self._data_parallel_master(intermediates)
+        elif kinds == {one_node.Share} and len({share.x.dtype for share in messages}) == 1:
+            how = self._reduction(messages[0].x, messages[0].x.dtype)
+            answers = list(zip(ranks, one_node.reduce(messages, how)))
+        else:
+            return [(rank, None) for rank in ranks]
+        for message, (_, answer), own_stream in zip(messages, answers, own_streams):
+            if own_stream is not None:
+                keep_for(message.tensor, own_stream)
+                keep_for(answer if isinstance(answer, Tensor) else answer.y, message.stream)
+                message.stream.wait_stream(own_stream)
         return answers
 
     def _data_parallel_master(self, intermediates: Sequence[tuple[int, Message]]) -> list[tuple[int, Tensor]]:
@@ -257,8 +258,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         """Describe the reduction of one call; ``first`` is what replica 0 has brought."""
         group = self._group()
         processes = None
-        if self.training:
-            processes = processes_of(self.process_group, self._name_in_all_processes(), self._own_calls())
+        if self.training and are_several(self.process_group, self._where()):
+            processes = Processes(self.process_group, self._name_in_all_processes(), self._own_calls())
         clamped = clamps(self.eps_mode, processes is not None or group is not None)
         is_own = self._has_own("_compute_mean_std")
         return Reduction(
@@ -305,19 +306,19 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
         with self._carrying_back():
             return self._compute_mean_std(mean, m2, count)
 
-    @torch.no_grad()
     def _move_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
         running = self._running_statistics()
         if running is None:
             return
         step: Any = running.momentum
-        if running.num_batches_tracked is not None:
-            running.num_batches_tracked.add_(1)
-            if step is None:  # the cumulative average; the counter may be on a GPU, so it is not read
-                step = 1.0 / running.num_batches_tracked.to(mean.dtype)
-        for moved, new in ((running.mean, mean), (running.var, unbiased_var)):
-            # In place: the buffers of replica 0 are the model's own storage.
-            moved.lerp_(_as(moved, new), _as(moved, step) if isinstance(step, Tensor) else step)
+        with torch.no_grad():
+            if running.num_batches_tracked is not None:
+                running.num_batches_tracked.add_(1)
+                if step is None:  # the cumulative average; the counter may be on a GPU, so it is not read
+                    step = 1.0 / running.num_batches_tracked.to(mean.dtype)
+            for moved, new in ((running.mean, mean), (running.var, unbiased_var)):
+                # In place: the buffers of replica 0 are the model's own storage.
+                moved.lerp_(_as(moved, new), _as(moved, step) if isinstance(step, Tensor) else step)
 
     def _running_statistics(self) -> RunningStatistics | None:
         """Return the running statistics that this call has to update, if any."""
@@ -346,8 +347,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
             raise TypeError(_compiled.not_a_tensor(input, self._where()))
         self._check_input_dim(input)
         # A layer that was pruned by hand may have fewer channels than num_features.
-        vectors = (self.weight, self.running_mean)
-        channels = next((len(vector) for vector in vectors if vector is not None), self.num_features)
+        vector = self.weight if self.weight is not None else self.running_mean
+        channels = self.num_features if vector is None else vector.shape[0]
         if input.shape[1] != channels:
             raise ValueError(
                 f"expected {channels} channels (num_features) at {self._where()!r}, got "
@@ -363,9 +364,8 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
                 f"batch_norm eps must be positive during training, but got {self.eps} at {self._where()!r}"
             )
         allowed = (input.dtype, compute_dtype(input.dtype))
-        tensors = {**self._parameters, **self._buffers}
         for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor = tensors.get(name)
+            tensor = self._parameters.get(name, self._buffers.get(name))
             if tensor is not None and tensor.dtype not in allowed:
                 raise RuntimeError(
                     f"expected an input of the dtype of {name!r} at {self._where()!r} ({tensor.dtype}), or "

@@ -22,14 +22,14 @@ _NUMBERS = (int, float, bool)
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
-def carry_assignments_over(module: nn.Module, replicas: Sequence[nn.Module]) -> None:
-    """Assign to the module what its replicas have assigned to themselves.
+def carry_assignments_over(originals: Sequence[tuple[str, nn.Module]], replicas: Sequence[nn.Module]) -> None:
+    """Assign to the modules of a model what its replicas have assigned to themselves.
 
     Args:
-        module: what the replicas are of.
-        replicas: after their forward; replica 0 was given the buffers of the module.
+        originals: the modules that were replicated, with their names.
+        replicas: after their forward; replica 0 was given the buffers of the originals.
     """
-    originals, copies = named_submodules(module), [named_submodules(replicas[0])]
+    copies = [named_submodules(replicas[0])]
     if len(originals) != len(copies[0]):
         return  # an override of `replicate` has done something else
     for i, ((name, original), (_, first)) in enumerate(zip(originals, copies[0])):

@@ -126,15 +126,15 @@ def _call_back(
             f"expected a group and devices for {len(modules)} replicas, "
             f"got a group of {group.world_size} and {len(places)} devices"
         )
+    first = named_submodules(modules[0])
     contexts = [
-        CallbackContext(name, places, group) if has_callback(module) else None
-        for name, module in named_submodules(modules[0])
+        CallbackContext(name, places, group) if has_callback(module) else None for name, module in first
     ]
     made = [context for context in contexts if context is not None]
     if not made:
         return []
     for copy_id, replica in enumerate(modules):
-        copies = named_submodules(replica)
+        copies = first if copy_id == 0 else named_submodules(replica)
         if len(copies) != len(contexts):
             raise ValueError(
                 f"expected replicas of one module, got {len(contexts)} sub-modules in replica 0 "

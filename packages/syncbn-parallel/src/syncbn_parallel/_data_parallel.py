@@ -136,17 +136,18 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
             return self.module(*inputs, **kwargs)
         if len(self.device_ids) > 1:
             refuse_transforms()
-        self._check_module_device()
+        modules = named_submodules(self.module)
+        self._check_module_device(modules)
         rows, kwrows = self.scatter(inputs, kwargs, self.device_ids)
         if not rows and not kwrows:  # a module without arguments runs once
             rows, kwrows = ((),), ({},)
         if len(rows) > 1:
-            warn_of_local_batch_norms(self, self.module)
+            warn_of_local_batch_norms(self, modules)
             changes = InputChanges((inputs, kwargs), list(zip(rows, kwrows)))
             replicas = self.replicate(self.module, self.device_ids[: len(rows)])
             outputs = self.parallel_apply(replicas, rows, kwrows)
             changes.carry_over(self.dim)
-            carry_assignments_over(self.module, replicas)
+            carry_assignments_over(modules, replicas)
         else:
             outputs = [self.module(*rows[0], **kwrows[0])]
             if len(self.device_ids) == 1:
@@ -200,8 +201,8 @@ class DataParallelWithCallback(nn.DataParallel[_M]):
         """Join the outputs of the replicas on ``output_device``; -1 is the CPU."""
         return gather(outputs, as_device("cpu" if output_device == -1 else output_device), self.dim)
 
-    def _check_module_device(self) -> None:
-        for name, module in named_submodules(self.module):
+    def _check_module_device(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        for name, module in modules:
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.device != self.src_device_obj:
                     raise RuntimeError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn_parallel._callbacks import has_callback
-from syncbn_parallel._module_tree import named_submodules
 
 
 def warn_the_caller(message: str) -> None:
@@ -32,15 +32,19 @@ def warn_of_no_devices() -> None:
     )
 
 
-def warn_of_local_batch_norms(model: nn.Module, module: nn.Module) -> None:
+def warn_of_local_batch_norms(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
     """Say, once for each model, that its batch norms normalize each replica by itself.
 
     There is no warning if one of the layers synchronizes: then somebody has chosen which of them do.
+
+    Args:
+        model: the data-parallel model.
+        modules: the modules that it replicates, with their names.
     """
     if model in _hinted:
         return
     local = []
-    for name, layer in named_submodules(module):
+    for name, layer in modules:
         if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats:
             if has_callback(layer):
                 return

@@ -74,12 +74,14 @@ class Output(NamedTuple):
     unwritten: WholeBatch | None
 
 
-@torch.no_grad()
 def enter(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, several: bool) -> Share:
     """Compute the statistics of a replica's input: where data enters."""
     kernels = kernels_of(x.device)
     joins = several and kernels.joins_small_batches and x.numel() <= joined_node.JOINED_UP_TO
-    statistics = None if joins else kernels.local_statistics(x, eps)
+    statistics = None
+    if not joins:
+        with torch.no_grad():
+            statistics = kernels.local_statistics(x, eps)
     return Share(x, statistics, samples_per_channel(x), weight, bias, current_stream(x.device))
 
 
@@ -103,13 +105,13 @@ def reduce(shares: Sequence[Share], how: Reduction) -> list[Output]:
     return [Output(y, whole if plan.leaves_outputs else None) for y, whole in zip(ys, plan.wholes)]
 
 
-@torch.no_grad()
 def leave(output: Output, share: Share) -> Tensor:
     """Write a replica's output, if it is not written yet, and return it: where data leaves."""
     if output.unwritten is not None:
         mean, invstd, *_ = output.unwritten
-        y = output.y.detach()
-        kernels_of(y.device).normalize(share.x, mean, invstd, share.weight, share.bias, out=y)
+        with torch.no_grad():
+            y = output.y.detach()
+            kernels_of(y.device).normalize(share.x, mean, invstd, share.weight, share.bias, out=y)
     return output.y
 
 

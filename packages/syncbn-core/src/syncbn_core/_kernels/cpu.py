@@ -154,8 +154,8 @@ def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _is_far(mean: Tensor, m2: Tensor, count: int) -> bool:
     """Whether any channel's mean is far from 0, in units of its standard deviation."""
-    # Not the minimum: a channel with a NaN would hide the others.
-    return bool(torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).lt(0).any())
+    # A channel with a NaN counts as far: the minimum is NaN then, and would hide the others.
+    return not torch.addcmul(m2, mean, mean, value=-count / _SHIFT_ABOVE**2).min().item() >= 0
 
 
 def _mean_and_m2_in_one_pass(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:

@@ -46,20 +46,6 @@ def wait_for(stream: Any) -> Any:
     return own
 
 
-@contextmanager
-def ordered(streams: Sequence[Any]) -> Iterator[list[Any]]:
-    """Order this thread's streams after the replicas' streams, and at the end of the block the reverse.
-
-    Yields:
-        For each replica's stream, this thread's stream for the same device, or None if they are the same.
-    """
-    own = [wait_for(stream) for stream in streams]
-    yield own
-    for stream, mine in zip(streams, own):
-        if mine is not None:
-            stream.wait_stream(mine)
-
-
 def keep_for(tensor: Tensor, stream: Any) -> None:
     """Keep the memory of ``tensor`` until ``stream``, which is not its own stream, has used it."""
     if tensor.numel():

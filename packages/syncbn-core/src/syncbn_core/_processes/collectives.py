@@ -257,22 +257,12 @@ def places_are_checked() -> bool:
     return os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
 
 
-def processes_of(process_group: Any, name: str, calls: Calls) -> Processes | None:
-    """Return the processes that a layer's ``process_group`` means in this call; None for this one alone.
+def are_several(process_group: Any, name: str) -> bool:
+    """Whether a layer's ``process_group`` means several processes at this moment.
 
     Args:
         process_group: None for the default group, where there is one; a group; or `THIS_PROCESS`.
         name: the layer's name, for error messages.
-        calls: the layer's counter of calls, which counts this call if there are several processes.
-
-    Raises:
-        ValueError: this process is not in the group.
-    """
-    return Processes(process_group, name, calls) if are_several(process_group, name) else None
-
-
-def are_several(process_group: Any, name: str) -> bool:
-    """Whether a layer's ``process_group`` means several processes at this moment.
 
     Raises:
         ValueError: this process is not in the group.

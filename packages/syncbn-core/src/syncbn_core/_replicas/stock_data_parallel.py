@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
@@ -80,6 +81,7 @@ class _Forward:
     def __init__(self, announced: int | None) -> None:
         self._announced = announced
         self._layers: dict[int, tuple[str, int]] = {}  # id of a layer -> its unique name, its replicas so far
+        self._names: Counter[str] = Counter()  # how many layers have each name
         self._current = 0  # the id of the layer that is being replicated
         self.threads: Threads = weakref.WeakSet()  # that have run replicas
         self._group: ReplicaGroup | None = None
@@ -101,8 +103,9 @@ class _Forward:
     def enlist(self, layer: nn.Module, name: str, nested: bool) -> Place:
         """Count one more replica of this layer."""
         if id(layer) not in self._layers:
-            taken = sum(known == name or known.startswith(f"{name} (") for known, _ in self._layers.values())
-            self._layers[id(layer)] = (f"{name} ({taken + 1})" if taken else name, 0)
+            self._names[name] += 1
+            number = self._names[name]
+            self._layers[id(layer)] = (f"{name} ({number})" if number > 1 else name, 0)
         unique, rank = self._layers[id(layer)]
         self._layers[id(layer)] = (unique, rank + 1)
         self._current = id(layer)
