@@ -80,8 +80,9 @@ class References:
 
     def lead_from(self, value: Any) -> bool:
         """Return whether ``value`` is a target, or leads to one."""
-        if type(value) in _LEAVES:
-            return False
+        kind = type(value)
+        if kind in _LEAVES or (kind in (tuple, list) and _LEAVES.issuperset(map(type, value))):
+            return False  # as almost all attributes of torch's layers
         known = self._known.get(id(value))
         if known is None:
             known = self._known[id(value)] = (value, self._search(value))
