@@ -73,6 +73,7 @@ def train_with_empty_shards(world):
         world.assert_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
 
 
+@pytest.mark.full
 def test_empty_shards(workers):
     workers(2).run(train_with_empty_shards)
 

@@ -162,6 +162,7 @@ def train_in_pairs(world):
         torch.compile(others, backend="eager")(mine)
 
 
+@pytest.mark.full
 def test_sub_groups_normalize_separately(workers):
     workers(4).run(train_in_pairs)
 
