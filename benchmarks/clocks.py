@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from syncbn_comm import ReplicaGroup
-from syncbn_core._autograd import one_node
+from syncbn_core._autograd import joined_node, one_node
 from syncbn_core._kernels.cpu import CpuKernels
 from syncbn_parallel import DataParallelWithCallback
 
@@ -83,18 +83,20 @@ class Clocks:
             return exchange(self_, message, merging(combine), **keywords)
 
         replicate = ("replication", DataParallelWithCallback, "replicate")
-        on_tensors = [
-            ("statistics", CpuKernels, "local_statistics"),
-            ("statistics", CpuKernels, "merge"),
-            ("statistics", CpuKernels, "gradient_sums"),
-            ("normalization", CpuKernels, "normalize"),
-            ("normalization", CpuKernels, "input_gradient"),
-            ("normalization", one_node, "leave"),
+        kernels = [
+            (CpuKernels, "local_statistics"),
+            (CpuKernels, "merge"),
+            (CpuKernels, "gradient_sums"),
+            (CpuKernels, "normalize"),
+            (CpuKernels, "input_gradient"),
+            (one_node, "leave"),
+            (joined_node, "train_forward"),
+            (joined_node, "train_backward"),
         ]
         with ExitStack() as stack:
             for clock, (name, owner, function) in [
                 (self.on, replicate),
-                *((self.on_outermost, one) for one in on_tensors),
+                *((self.on_outermost, ("kernels", *kernel)) for kernel in kernels),
             ]:
                 clocked = clock(name, getattr(owner, function))
                 stack.enter_context(patch.object(owner, function, clocked))

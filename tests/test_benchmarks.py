@@ -73,6 +73,14 @@ def test_a_forward_keeps_vectors_and_of_a_small_batch_a_copy_unless_it_is_of_pla
         assert (0 <= beyond < 50) == ("plain" not in variant)
 
 
+@pytest.mark.full
+def test_every_part_of_a_step_takes_time(folder_of):
+    rows = tables_of((folder_of("model") / "model.md").read_text())["Where the time of a step goes"]
+    for _, _, *shares in rows:
+        assert len(shares) == 4
+        assert all(0 < float(share.rstrip("%")) < 100 for share in shares)
+
+
 @pytest.mark.parametrize("name", ["layer", "model", "compiled"])
 def test_a_chart_is_drawn_again_from_its_table(name, tmp_path):
     table = tmp_path / f"{name}.md"

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.parallel._functions import Broadcast
 
 from syncbn_parallel._devices import as_device, moved
@@ -19,6 +20,7 @@ from syncbn_parallel._module_references import References, ReplicaReferences, co
 from syncbn_parallel._module_tree import named_submodules
 
 _M = TypeVar("_M", bound=nn.Module)
+_T = TypeVar("_T")
 
 # One device's tensors, by the id of the module's own tensor that each of them replaces.
 _Tensors = dict[int, Tensor]
@@ -69,7 +71,7 @@ def replicate(module: _M, devices: Sequence[int | str | torch.device]) -> list[_
     targets = [as_device(device) for device in devices]
     modules = []
     for name, submodule in named_submodules(module):
-        if isinstance(submodule, torch.jit.ScriptModule):
+        if isinstance(submodule, ScriptModule):
             raise RuntimeError(
                 "expected modules of Python code to replicate, got a TorchScript module "
                 f"as {name or 'the model'!r}; replicate the module that it was scripted or traced from"
@@ -125,9 +127,9 @@ def _assemble(
         made = copies[id(module)]
         # Not by nn.Module.__setattr__, which is slow and accepts only leaf tensors as parameters.
         state = made.__dict__
-        state["_modules"] = {k: None if m is None else copies[id(m)] for k, m in module._modules.items()}
-        state["_parameters"] = _stand_ins(module._parameters, parameters)
-        state["_buffers"] = _stand_ins(module._buffers, buffers)
+        state["_modules"] = _stand_ins(module._modules, copies) if module._modules else {}
+        state["_parameters"] = _stand_ins(module._parameters, parameters) if module._parameters else {}
+        state["_buffers"] = _stand_ins(module._buffers, buffers) if module._buffers else {}
         if keys:
             turn_attributes(module, made, keys, to_replica.of)
         if "_flat_weights_names" in state:  # an RNN hands this list to its kernels
@@ -138,5 +140,5 @@ def _assemble(
     return copies[id(modules[0])]
 
 
-def _stand_ins(originals: Mapping[str, Tensor | None], tensors: _Tensors) -> dict[str, Tensor | None]:
-    return {key: None if t is None else tensors[id(t)] for key, t in originals.items()}
+def _stand_ins(originals: Mapping[str, _T | None], stand_ins: Mapping[int, _T]) -> dict[str, _T | None]:
+    return {key: None if one is None else stand_ins[id(one)] for key, one in originals.items()}
