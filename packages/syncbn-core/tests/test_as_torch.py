@@ -90,8 +90,9 @@ def test_an_eps_that_is_not_positive_is_torchs_error_in_training(
 ):
     layer, chunks = layer_of(eps=eps, fused=fused), chunks_of(2, 1)
     message = "batch_norm eps must be positive.*, but got"
-    with pytest.raises(ValueError, match=message):
-        nn.BatchNorm2d(4, eps=eps).double()(chunks[0])
+    if torch.__version__ >= (2, 13):  # 2.4 computes with it
+        with pytest.raises(ValueError, match=message):
+            nn.BatchNorm2d(4, eps=eps).double()(chunks[0])
     with pytest.raises(ValueError, match=rf"{message} {eps} at 'net\.0'"):
         replicas_of(nn.Sequential(layer), 2).run(lambda replica, rank: replica(chunks[rank]))
 

@@ -20,9 +20,13 @@ SHAPES = [(5, 3), (5, 3, 4), (5, 3, 4, 2), (5, 3, 4, 2, 3)]
 EPS = 1e-5
 
 
-@pytest.fixture(params=["plain", "cpu", "cpu, more than a cache holds"])
+@pytest.fixture(params=["plain", "cpu", "cpu, one thread", "cpu, more than a cache holds"])
 def statistics(request, monkeypatch):
     """Every function that computes the statistics of one batch here."""
+    threads = torch.get_num_threads()
+    if request.param == "cpu, one thread":  # as in replicas; some kernels then add up more numbers in a row
+        torch.set_num_threads(1)
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     if request.param == "cpu, more than a cache holds":
         monkeypatch.setattr(cpu, "_FEW", 0)
         monkeypatch.setattr(cpu, "_IN_CACHE", 0)

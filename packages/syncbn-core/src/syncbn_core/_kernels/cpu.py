@@ -12,6 +12,7 @@ from syncbn_core._kernels.plain import affine_coefficients
 from syncbn_core._kernels.protocol import InputGradient, Reduction, Statistics, WholeBatch
 from syncbn_core._kernels.statistics import (
     compute_dtype,
+    local_statistics,
     merge_statistics,
     samples_per_channel,
     sum_over_batch,
@@ -143,12 +144,8 @@ def mean_and_m2(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         mean, var = torch.batch_norm_update_stats(x, running, running, 0.0)
         m2 = var.mul_(count)
     if _is_far(mean, m2, count):
-        # Not the mean from above: on channels_last it may be inaccurate.
-        shift = sum_over_batch(x.to(dtype)) / count
-        deviation = x.to(dtype) - unsqueeze_channels(shift, x)
-        rest, m2 = gradient_sums(deviation, deviation, torch.zeros_like(shift))
-        rest = rest.double() / count
-        return shift.double() + rest, m2.double() - count * rest * rest
+        # By plain sums, which lose no digits. The kernels' own sums do, on channels_last.
+        return local_statistics(x)
     return mean, m2
 
 
