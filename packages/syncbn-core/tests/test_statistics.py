@@ -26,12 +26,12 @@ def statistics(request, monkeypatch):
     threads = torch.get_num_threads()
     if request.param == "cpu, one thread":  # as in replicas; some kernels then add up more numbers in a row
         torch.set_num_threads(1)
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
     if request.param == "cpu, more than a cache holds":
         monkeypatch.setattr(cpu, "_FEW", 0)
         monkeypatch.setattr(cpu, "_IN_CACHE", 0)
     kernels = PLAIN if request.param == "plain" else kernels_of(torch.device("cpu"))
-    return lambda x: kernels.local_statistics(x, EPS)
+    yield lambda x: kernels.local_statistics(x, EPS)
+    torch.set_num_threads(threads)
 
 
 def by_numpy(x):
