@@ -236,7 +236,7 @@ def main() -> None:
     with nullcontext() if known else tempfile.TemporaryDirectory() as cache:
         if cache is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        rows = under_each_setting()
+        rows = under_each_setting(options)
     reached = target_table(targets(nets_of(options)), rows)
     save("compiled", options, {"Targets": reached, "Timings": timing_table(rows)}, rows)
 

@@ -227,7 +227,7 @@ def main() -> None:
     elif options.part == "kernels":
         hand_over(kernels(options))
     else:
-        rows = under_each_setting()
+        rows = under_each_setting(options)
         needs = [Memory(**each) for each in in_child("memory", RETURNS_AT_ONCE)]
         sections = {"Targets": target_table(targets_of(options), rows), "Memory": memory_table(needs)}
         if options.device == "cuda":

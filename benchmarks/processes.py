@@ -4,6 +4,7 @@ Each process runs the variants side by side and in turns, on its own batch:
 
 - unsynchronized: torch's ``nn.BatchNorm2d``;
 - ours: ``SynchronizedBatchNorm2d``;
+- torch's, on GPUs alone: ``nn.SyncBatchNorm``;
 - plain ops: ordinary differentiable operations, with a differentiable all_reduce of the mean and of the mean
   of squares, as most implementations for the CPU do it;
 - floor: nothing but an all_gather of 2C + 1 numbers and an all_reduce of 2C, the bytes that any layer needs.
@@ -11,7 +12,9 @@ Each process runs the variants side by side and in turns, on its own batch:
 It also measures how to add up 2C numbers of every process: by an all_gather and a local sum, or by an
 all_reduce; and what a collective of few numbers costs as processes grow.
 
-The processes are started here, as many as ``--processes`` says, one thread each.
+The processes are started here, as many as ``--processes`` says, one thread each. With ``--device cuda`` they
+communicate over NCCL. Where there are fewer GPUs than processes, they share the GPUs, and communicate by
+sockets as if each were a host of its own.
 """
 
 import argparse
@@ -30,9 +33,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from matplotlib.figure import Figure
+from side_by_side import wait_for
 from torch import Tensor, nn
 
 from syncbn_core import SynchronizedBatchNorm2d
+
+_device = "cpu"  # of this process
 
 SHAPES = [(16, 64, 56, 56), (8, 256, 28, 28), (4, 512, 7, 7), (2, 64, 8, 8)]  # of one process
 CHANNELS = [64, 256, 512]
@@ -74,7 +80,8 @@ class PlainOps(nn.BatchNorm2d):
 
 def step_of(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
     """One forward and backward of a layer."""
-    x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    layer = layer.to(_device)
+    x, dy = torch.randn(shape, device=_device, requires_grad=True), torch.randn(shape, device=_device)
 
     def step() -> None:
         x.grad = None
@@ -86,8 +93,8 @@ def step_of(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
 
 def gathering(numbers: int) -> Callable[[], None]:
     """One all_gather and a local sum."""
-    mine = torch.randn(numbers, dtype=torch.float64)
-    everybody = torch.empty(dist.get_world_size(), numbers, dtype=torch.float64)
+    mine = torch.randn(numbers, dtype=torch.float64, device=_device)
+    everybody = mine.new_empty(dist.get_world_size(), numbers)
 
     def gather() -> None:
         dist.all_gather(list(everybody.unbind()), mine)
@@ -98,7 +105,7 @@ def gathering(numbers: int) -> Callable[[], None]:
 
 def reducing(numbers: int) -> Callable[[], None]:
     """One all_reduce."""
-    mine = torch.randn(numbers, dtype=torch.float64)
+    mine = torch.randn(numbers, dtype=torch.float64, device=_device)
     return lambda: dist.all_reduce(mine.clone())
 
 
@@ -109,23 +116,38 @@ def measure(variants: dict[str, Callable[[], None]], seconds: float) -> Times:
         for _ in range(3):
             variant()
     started = time.perf_counter()
-    go_on = torch.ones(1)
+    go_on = torch.ones(1, device=_device)
     while go_on.item():
         for name, variant in variants.items():
             dist.barrier()
+            wait_for(_device)
             before = time.perf_counter()
             variant()
+            wait_for(_device)
             times[name].append(time.perf_counter() - before)
         go_on.fill_(float(time.perf_counter() - started < seconds or len(times[name]) < 10))
         dist.broadcast(go_on, 0)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def measure_all(rank: int, world_size: int, seconds: float, folder: str) -> None:
+def take_gpu(rank: int, world_size: int) -> None:
+    """Give this process a GPU, and a host's name of its own where it shares the GPU, as NCCL requires."""
+    global _device
+    _device = "cuda"
+    count = torch.cuda.device_count()
+    torch.cuda.set_device(rank % count)
+    if world_size > count:
+        os.environ.update(NCCL_HOSTID=f"host-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+
+
+def measure_all(rank: int, world_size: int, seconds: float, folder: str, device: str) -> None:
     """Measure everything in one of the processes; process 0 writes it down."""
     torch.set_num_threads(1)
+    if device == "cuda":
+        take_gpu(rank, world_size)
+    backend = "gloo" if device == "cpu" else "nccl"
     store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     layers: dict[tuple[int, ...], Times] = {}
     for shape in SHAPES:
         channels = shape[1]
@@ -133,6 +155,7 @@ def measure_all(rank: int, world_size: int, seconds: float, folder: str) -> None
         variants = {
             "unsynchronized": step_of(nn.BatchNorm2d(channels), shape),
             "ours": step_of(SynchronizedBatchNorm2d(channels), shape),
+            **({} if device == "cpu" else {"torch's": step_of(nn.SyncBatchNorm(channels), shape)}),
             "plain ops": step_of(PlainOps(channels), shape),
             "floor": lambda gather=gather, reduce=reduce: (gather(), reduce()),
         }
@@ -146,26 +169,28 @@ def measure_all(rank: int, world_size: int, seconds: float, folder: str) -> None
     dist.destroy_process_group()
 
 
-def run(world_size: int, seconds: float) -> tuple[dict[tuple[int, ...], Times], dict[int, Times]]:
+def run(
+    world_size: int, seconds: float, device: str
+) -> tuple[dict[tuple[int, ...], Times], dict[int, Times]]:
     """Measure with so many processes."""
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure_all, (world_size, seconds, folder), nprocs=world_size)
+        mp.spawn(measure_all, (world_size, seconds, folder, device), nprocs=world_size)
         return torch.load(f"{folder}/results", weights_only=False)
 
 
 def layer_table(results: dict[tuple[int, ...], Times]) -> list[str]:
     """Compare the layers, in microseconds."""
-    lines = [
-        "| batch of a process | unsynchronized | ours | plain ops | floor "
-        "| plain ops / ours | overhead / floor |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    names = list(next(iter(results.values())))
+    others = [name for name in names if name not in ("unsynchronized", "ours", "floor")]
+    header = ["batch of a process", *names, *(f"{name} / ours" for name in others), "overhead / floor"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for shape, times in results.items():
-        plain, ours, ops, floor = (times[n] for n in ("unsynchronized", "ours", "plain ops", "floor"))
-        cells = " | ".join(f"{1e6 * each:,.0f}" for each in (plain, ours, ops, floor))
-        lines.append(f"| {shape} | {cells} | {ops / ours:.1f} | {(ours - plain) / floor:.1f} |")
+        ours = times["ours"]
+        cells = [f"{1e6 * times[name]:,.0f}" for name in names]
+        ratios = [*(times[name] / ours for name in others), (ours - times["unsynchronized"]) / times["floor"]]
+        lines.append(f"| {' | '.join([str(shape), *cells, *(f'{ratio:.1f}' for ratio in ratios)])} |")
     return lines
 
 
@@ -184,9 +209,11 @@ def draw(results: dict[int, dict[tuple[int, ...], Times]], path: Path) -> None:
     figure = Figure(figsize=(4.5 * len(results), 3.6), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (world_size, layers) in zip(panels, results.items(), strict=True):
-        for offset, name in enumerate(("unsynchronized", "ours", "plain ops", "floor")):
-            places = [place + 0.2 * offset - 0.3 for place in range(len(layers))]
-            axes.bar(places, [1e6 * times[name] for times in layers.values()], 0.2, label=name)
+        names = list(next(iter(layers.values())))
+        width = 0.8 / len(names)
+        for offset, name in enumerate(names):
+            places = [place + width * (offset + 0.5) - 0.4 for place in range(len(layers))]
+            axes.bar(places, [1e6 * times[name] for times in layers.values()], width, label=name)
         axes.set(title=f"processes: {world_size}", ylabel="microseconds", yscale="log")
         axes.set_xticks(range(len(layers)), ["x".join(map(str, shape)) for shape in layers], fontsize=7)
     axes.legend(fontsize=8)
@@ -199,17 +226,23 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seconds", type=float, default=4.0, help="for each shape")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder for the table and the chart")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
-    results = {world_size: run(world_size, arguments.seconds) for world_size in arguments.processes}
+    seconds, device = arguments.seconds, arguments.device
+    results = {world_size: run(world_size, seconds, device) for world_size in arguments.processes}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, gloo on the loopback"
+    if device == "cuda":
+        gpus = f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
+        machine = f"{gpus}, torch {torch.__version__}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     lines = [f"Medians in microseconds; {machine}; {date.today()}.", ""]
     for world_size, (layers, _) in results.items():
         lines += [f"## Processes: {world_size}", "", *layer_table(layers), ""]
     lines += ["## Adding up 2C numbers", "", *sum_table({n: sums for n, (_, sums) in results.items()})]
     print("\n".join(lines))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "processes.md").write_text("# Processes\n\n" + "\n".join(lines) + "\n")
-    draw({n: layers for n, (layers, _) in results.items()}, arguments.output / "processes.png")
+    name = "processes" if device == "cpu" else "processes-cuda"
+    (arguments.output / f"{name}.md").write_text("# Processes\n\n" + "\n".join(lines) + "\n")
+    draw({n: layers for n, (layers, _) in results.items()}, arguments.output / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
         with broadcast_nothing(net):
             hand_over(measure(CASE, variants, options))
         return
-    rows: list[Row] = under_each_setting()
+    rows: list[Row] = under_each_setting(options)
     targets = [Target("to torch's copying of modules", 1 / 3, [((CASE, OURS), (CASE, TORCH))])]
     sections = {"Targets": target_table(targets, rows), "Timings": timing_table(rows)}
     save("replication", options, sections, rows)

@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from side_by_side import ORDERS, SETTINGS, Row, seconds_of_others
+from side_by_side import Row, seconds_of_others
 
 
 @dataclass
@@ -36,7 +36,7 @@ def target_table(targets: Iterable[Target], rows: Sequence[Row]) -> str:
     """Compare each target with its ratio under every condition; the first condition counts."""
     medians = {(row.setting, row.order, row.case, row.variant): row.median for row in rows}
     measured = {(row.case, row.variant) for row in rows}
-    conditions = list(product(SETTINGS, ORDERS))
+    conditions = list(dict.fromkeys((row.setting, row.order) for row in rows))
     lines = []
     for target in targets:
         if not measured.issuperset(chain.from_iterable(target.ratios)):  # with --quick
@@ -213,7 +213,8 @@ def redraw(path: Path) -> None:
 
 
 def _save_chart(rows: Sequence[Row], path: Path) -> None:
-    _chart([row for row in rows if (row.setting, row.order) == ("pinned", "blocks")]).savefig(path, dpi=110)
+    first = (rows[0].setting, rows[0].order)  # as in `target_table`, the first condition counts
+    _chart([row for row in rows if (row.setting, row.order) == first]).savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

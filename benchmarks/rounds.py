@@ -111,7 +111,7 @@ def main() -> None:
             rows += measure(f"R = {size}", variants, options)
         hand_over(rows)
         return
-    rows = under_each_setting()
+    rows = under_each_setting(options)
     ours = list(makers)[1:]
     targets = []
     for size in SIZES:

@@ -42,6 +42,7 @@ class Workers:
         self._processes: list[subprocess.Popen[bytes]] = []
         settings = {
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of further processes
         }

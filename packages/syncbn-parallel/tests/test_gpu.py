@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpus import no_wait
 from syncbn_parallel import DataParallelWithCallback, patch_replication_callback, replicate
 
 pytestmark = [
@@ -61,11 +62,8 @@ def test_scattering_replicating_and_gathering_never_wait_for_the_gpu(centred_net
     model = DataParallelWithCallback(centred_net().cuda(), [0, 0])
     x = torch.randn(4, 4).double().cuda()
     model(x)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         model(x).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_patched_stock_data_parallel_synchronizes(centred_net):

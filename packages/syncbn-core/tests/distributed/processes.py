@@ -51,14 +51,16 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
-        loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        if sys.platform == "linux":
+            settings["GLOO_SOCKET_IFNAME"] = "lo"
         for rank in range(world_size):
             ours, theirs = Pipe()
             place = [str(theirs.fileno()), str(rank), str(world_size), str(group_seconds), self._folder.name]
             worker = subprocess.Popen(
                 [sys.executable, __file__, *place],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **loopback, "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**os.environ, **settings, **(environment or {})},
             )
             theirs.close()
             self._workers.append(worker)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,24 +19,7 @@ from syncbn_core import SynchronizedBatchNorm2d
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GROUP_SECONDS = 20.0
 
-Processes = runpy.run_path(str(Path(__file__).with_name("processes.py")))["Processes"]
-
-
-@pytest.fixture(scope="module")
-def of_devices(accelerator: ModuleType) -> Iterator[Callable[[], Any]]:
-    """Return two processes that can import the accelerator; new ones if a test has ended them."""
-    folder = str(Path(accelerator.__file__ or "").parents[1])
-    path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-    known: list[Any] = []
-
-    def running() -> Any:
-        if not known or known[-1].ended:
-            known.append(Processes(2, environment={"PYTHONPATH": path}))
-        return known[-1]
-
-    yield running
-    for workers in known:
-        workers.end()
+pytestmark = pytest.mark.usefixtures("accelerator")
 
 
 # ---- what runs in the processes
@@ -192,15 +171,15 @@ def train_in_ddp(world: Any, sizes: list[int], options: dict[str, Any]) -> None:
     [[[2], [3]], [[0], [4]], [[1], [1]], [[2, 1], [3, 2]], [[0, 0], [1, 3]], [[1, 0], [0, 1]], [[1], [2, 0]]],
     ids=str,
 )
-def test_processes_of_devices_equal_the_whole_batch(sizes: list[list[int]], fused: bool, of_devices) -> None:
-    assert_whole_batch(of_devices(), sizes, {"fused": fused}, torch.float64, EXACT)
+def test_processes_of_devices_equal_the_whole_batch(sizes: list[list[int]], fused: bool, processes) -> None:
+    assert_whole_batch(processes(2), sizes, {"fused": fused}, torch.float64, EXACT)
 
 
 @pytest.mark.parametrize(
     "options", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
 )
-def test_every_option_equals_the_whole_batch(options: dict[str, Any], of_devices) -> None:
-    assert_whole_batch(of_devices(), [[2, 1], [0, 2]], options, torch.float64, EXACT)
+def test_every_option_equals_the_whole_batch(options: dict[str, Any], processes) -> None:
+    assert_whole_batch(processes(2), [[2, 1], [0, 2]], options, torch.float64, EXACT)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +188,9 @@ def test_every_option_equals_the_whole_batch(options: dict[str, Any], of_devices
     ids=["float32", "bfloat16"],
 )
 def test_every_dtype_equals_the_whole_batch(
-    dtype: torch.dtype, tolerance: dict[str, float], of_devices
+    dtype: torch.dtype, tolerance: dict[str, float], processes
 ) -> None:
-    assert_whole_batch(of_devices(), [[2, 1], [0, 2]], {"dtype": torch.float32}, dtype, tolerance)
+    assert_whole_batch(processes(2), [[2, 1], [0, 2]], {"dtype": torch.float32}, dtype, tolerance)
 
 
 def assert_whole_batch(
@@ -239,22 +218,22 @@ def assert_whole_batch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-def test_a_process_of_one_device_takes_few_launches(dtype: torch.dtype, of_devices) -> None:
-    for forward, backward, nodes in of_devices().run(launches, dtype):
+def test_a_process_of_one_device_takes_few_launches(dtype: torch.dtype, processes) -> None:
+    for forward, backward, nodes in processes(2).run(launches, dtype):
         assert sum(forward.values()) <= 9, forward
         assert sum(backward.values()) <= 5, backward
         assert nodes == 1
 
 
 @pytest.mark.parametrize("devices_each", [1, 2])
-def test_the_backward_is_right_in_whatever_order_its_nodes_are_ready(devices_each: int, of_devices) -> None:
-    of_devices().run(shuffled_backwards, devices_each, 10)
+def test_the_backward_is_right_in_whatever_order_its_nodes_are_ready(devices_each: int, processes) -> None:
+    processes(2).run(shuffled_backwards, devices_each, 10)
 
 
 @pytest.mark.parametrize("sizes", [[2, 2], [1, 3], [0, 5]], ids=str)
-def test_ddp_trains_as_the_whole_batch(sizes: list[int], of_devices) -> None:
-    of_devices().run(train_in_ddp, sizes, {})
+def test_ddp_trains_as_the_whole_batch(sizes: list[int], processes) -> None:
+    processes(2).run(train_in_ddp, sizes, {})
 
 
-def test_ddp_with_gradients_as_views_of_its_buckets_trains_as_the_whole_batch(of_devices) -> None:
-    of_devices().run(train_in_ddp, [2, 3], {"gradient_as_bucket_view": True})
+def test_ddp_with_gradients_as_views_of_its_buckets_trains_as_the_whole_batch(processes) -> None:
+    processes(2).run(train_in_ddp, [2, 3], {"gradient_as_bucket_view": True})

@@ -110,13 +110,17 @@ class _Streams:
 
 
 class _StreamFunctions:
-    """The functions that get and set the current device and streams; None if a kind of device has none."""
+    """The functions that get and set the current device and streams; None if a kind of device has none.
+
+    Those of the kind's own module come first: ``torch.cuda.set_device`` gives a new thread its CUDA context,
+    without which cuBLAS warns.
+    """
 
     def __init__(self, kind: str) -> None:
-        accelerator = getattr(torch, "accelerator", None)  # from torch 2.6 on
         module = device_module(kind)
         device, of = ("device", module)
-        if accelerator is not None and kind == accelerator_kind() and module is not None:
+        accelerator = getattr(torch, "accelerator", None)  # from torch 2.6 on
+        if module is not None and not hasattr(module, "set_device") and kind == accelerator_kind():
             device, of = ("device_index", accelerator)
         self.get_device: Any = getattr(of, f"current_{device}", None)
         self.set_device: Any = getattr(of, f"set_{device}", None)
