@@ -200,7 +200,8 @@ def demo_distributed(session: nox.Session) -> None:
     """Segment handwritten digits in two processes, with and without replicas in each of them."""
     install_torch(session, *DEMO_TOOLS)
     install_only(session, LAYERS)
-    session.run("python", "examples/digits_ddp.py", *session.posargs)
+    torchrun = ("torchrun", "--standalone", "--nproc-per-node", "2")
+    session.run(*torchrun, "tests/without_shutdown.py", "examples/digits_ddp.py", *session.posargs)
 
 
 @nox.session

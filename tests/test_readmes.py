@@ -74,7 +74,8 @@ PROGRAMS = [
 def test_a_program_of_a_page_runs_in_two_processes(program, tmp_path):
     path = tmp_path / "train.py"
     path.write_text(program)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launch = (*launcher, str(ROOT / "tests" / "without_shutdown.py"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launch, str(path)], capture_output=True, text=True, timeout=200, env=environment

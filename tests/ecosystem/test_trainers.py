@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+WITHOUT_SHUTDOWN = str(Path(__file__).parents[1] / "without_shutdown.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WITHOUT_SHUTDOWN)
 
 
 def distance_printed_by(*command: str) -> float:
