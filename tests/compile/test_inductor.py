@@ -5,6 +5,7 @@ processes compile for shards of different sizes.
 """
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from syncbn_convert import convert_model
 from syncbn_core import THIS_PROCESS
+from syncbn_core._processes import collectives
 
 pytestmark = pytest.mark.usefixtures("_needs_a_cpp_compiler")
 
@@ -61,6 +63,16 @@ def test_branches_are_right_where_only_one_process_compiles(workers):
 @pytest.mark.full
 def test_one_graph_serves_shards_of_every_size(workers):
     workers(2).run(train, True, [[3, 5], [4, 2], [7, 6]], 3, [0, 1])
+
+
+def train_with_sums(world):
+    with mock.patch.object(collectives, "MANY", 2):
+        train(world, False, [[3, 5]], 2, [0, 1])
+
+
+def test_sums_of_many_processes_are_right(workers):
+    """Inductor adds up in place: this process's own sums, for weight and bias, must not be in that memory."""
+    workers(2).run(train_with_sums)
 
 
 def train_with_empty_shards(world):

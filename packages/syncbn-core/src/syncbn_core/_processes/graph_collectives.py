@@ -66,8 +66,13 @@ def all_gather(values: Tensor, group: Group, place: Place) -> Tensor:
     return result[:, :n]
 
 
-def all_reduce(values: Tensor, group: Group, place: Place) -> Tensor:
-    """Return the sum of the ``values`` of every process, ``(n,)`` each."""
+def all_reduce(values: Tensor, group: Group, place: Place) -> tuple[Tensor, Tensor]:
+    """Return the sum of the ``values`` of every process, ``(n,)`` each, and the own ``values``.
+
+    A caller that needs its own values after the sum has to take those that this function returns. Inductor lets
+    a sum overwrite its input where nothing reads the input later (torch 2.13: it does not see a read of a
+    tensor that was concatenated into the input, and whose memory is a part of the input's).
+    """
     functional = torch.ops._c10d_functional
     n, tag = len(values), collectives.tag_of_layer(*place)
     if values.is_cpu:
@@ -75,7 +80,7 @@ def all_reduce(values: Tensor, group: Group, place: Place) -> Tensor:
     total: Tensor = functional.wait_tensor(functional.all_reduce(values, "sum", group.name))
     if values.is_cpu:
         _expect_one_place(total[n] == tag * group.world_size, place)
-    return total[:n]
+    return total[:n], values[:n]
 
 
 def _numbers(like: Tensor, *numbers: float) -> Tensor:
@@ -109,7 +114,7 @@ def merge(
     in_eps = 0.0 if mean.is_cpu else eps
     if many:
         squares = torch.addcmul(m2 + in_eps * own, mean * own, mean)
-        total = all_reduce(torch.cat([mean * own, squares, own]), group, ("forward", name))
+        total, _ = all_reduce(torch.cat([mean * own, squares, own]), group, ("forward", name))
         c = len(mean)
         n = total[2 * c : 2 * c + 1]
         mean, square = total[:c] / n.clamp(min=1), total[c : 2 * c] / n.clamp(min=1)
@@ -126,12 +131,18 @@ def merge(
     return merge_stacked(rows[:, :c], (rows[:, c : 2 * c].pow(-2) - eps) * counts, counts)
 
 
-def sum_gradients(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group, name: str) -> Tensor:
-    """Return the sums of all processes, ``(2, C)``, by one collective."""
-    sums, place = torch.cat([sum_dy, sum_dy_xmu]), ("backward", name)
-    if sums.is_cpu and group.world_size < collectives.MANY:
-        return all_gather(sums, group, place).sum(0).view(2, -1)
-    return all_reduce(sums, group, place).view(2, -1)
+def sum_gradients(
+    sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group, name: str
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return both sums of all processes by one collective, and those of this process; ``(C,)`` each."""
+    own, place = torch.cat([sum_dy, sum_dy_xmu]), ("backward", name)
+    if own.is_cpu and group.world_size < collectives.MANY:
+        total = all_gather(own, group, place).sum(0)
+    else:
+        total, own = all_reduce(own, group, place)
+    total_dy, total_dy_xmu = total.view(2, -1).unbind()
+    own_dy, own_dy_xmu = own.view(2, -1).unbind()
+    return (total_dy, total_dy_xmu), (own_dy, own_dy_xmu)
 
 
 def _expect_one_place(condition: Tensor, place: Place) -> None:
