@@ -351,7 +351,8 @@ def nodes_behind(node):
 
 def test_the_graph_is_one_node_for_all_replicas(layer_of, chunks_of, leaves_of, run_replicas, taken):
     layer, inputs = layer_of(), leaves_of(chunks_of(2, 1, 3))
-    first, *others = [y.grad_fn for y in run_replicas(layer, inputs)]
+    outputs = run_replicas(layer, inputs)  # a node lives as long as they do
+    first, *others = [y.grad_fn for y in outputs]
     assert taken == [3]
     assert all(other is first for other in others)
     leaves = nodes_behind(first) - {first}

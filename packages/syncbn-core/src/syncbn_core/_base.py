@@ -133,7 +133,9 @@ class _SynchronizedBatchNorm(ReplicatedLayer, _BatchNorm):
     def _forward_running(self, input: Tensor) -> Tensor:
         """Normalize by the running statistics where eps is their floor."""
         var = self.running_var.clamp(min=self.eps)  # type: ignore[union-attr]
-        return nn.functional.batch_norm(input, self.running_mean, var, self.weight, self.bias, eps=0.0)
+        # nn.functional.batch_norm refuses an eps of 0 before torch 2.13.
+        parameters = self.weight, self.bias, self.running_mean
+        return torch.batch_norm(input, *parameters, var, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
     def _forward_composite(self, input: Tensor, synchronizes: bool) -> Tensor:
         # To float32 once: the gradients of both uses are added before they are rounded to halves.

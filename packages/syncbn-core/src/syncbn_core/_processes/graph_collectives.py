@@ -69,9 +69,9 @@ def all_gather(values: Tensor, group: Group, place: Place) -> Tensor:
 def all_reduce(values: Tensor, group: Group, place: Place) -> tuple[Tensor, Tensor]:
     """Return the sum of the ``values`` of every process, ``(n,)`` each, and the own ``values``.
 
-    A caller that needs its own values after the sum has to take those that this function returns. Inductor lets
-    a sum overwrite its input where nothing reads the input later (torch 2.13: it does not see a read of a
-    tensor that was concatenated into the input, and whose memory is a part of the input's).
+    A caller that needs its own values after the sum has to take those that this function returns. Inductor
+    lets a sum overwrite its input if nothing reads the input later. It does not see a read of a tensor that
+    was concatenated into the input, although the two share memory (torch 2.11 to 2.13).
     """
     functional = torch.ops._c10d_functional
     n, tag = len(values), collectives.tag_of_layer(*place)
