@@ -76,7 +76,8 @@ def kernels(case: str, variant: str, step: Callable[[], None], x: Tensor) -> Ker
         return time.perf_counter() - start
 
     step()
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+    activities = list(torch.profiler.supported_activities())
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
     launches = sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)

@@ -216,7 +216,9 @@ def draw(results: dict[int, dict[tuple[int, ...], Times]], path: Path) -> None:
             axes.bar(places, [1e6 * times[name] for times in layers.values()], width, label=name)
         axes.set(title=f"processes: {world_size}", ylabel="microseconds", yscale="log")
         axes.set_xticks(range(len(layers)), ["x".join(map(str, shape)) for shape in layers], fontsize=7)
-    axes.legend(fontsize=8)
+    handles, names = axes.get_legend_handles_labels()
+    columns = min(len(names), 3 * len(results))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

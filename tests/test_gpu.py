@@ -56,3 +56,32 @@ def test_a_replica_that_fails_on_a_gpu_is_named_and_the_next_step_is_right(resid
     assert "on cuda:" in "".join(caught.value.__notes__)
     handle.remove()
     torch.testing.assert_close(replicas(x), residual_net().cuda()(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_cuda_graph_of_replicas_gives_the_same_as_a_step():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)]
+    whole = nn.Sequential(*layers).to("cuda", torch.float64)
+    replicas = DataParallelWithCallback(convert_model(copy.deepcopy(whole)), [0, 0])
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64, device="cuda")
+    dy = torch.randn(6, 4, 4, 4, dtype=torch.float64, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch requires before a capture
+        for _ in range(3):
+            replicas(x).backward(dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    replicas.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = replicas(x)
+        y.backward(dy)
+    replicas.module.load_state_dict(whole.state_dict())
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        whole.zero_grad()
+        expected = whole(x)
+        expected.backward(dy)
+        ours = [y, *(p.grad for p in replicas.parameters()), *replicas.buffers()]
+        theirs = [expected, *(p.grad for p in whole.parameters()), *whole.buffers()]
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -1,5 +1,7 @@
 """The same on CUDA: replicas that share device 0 are one batch, and the host never waits for the device."""
 
+import os
+
 import pytest
 import torch
 
@@ -97,19 +99,16 @@ def test_half_inputs_give_half_outputs_by_statistics_of_float32(
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 0.01), (1e4, 1.0), (1e6, 1.0)])
 def test_a_mean_far_from_zero_costs_the_variance_no_digits(
-    mean, std, memory_format, fused, layer_of, run_replicas, stock_twin
+    mean, std, memory_format, fused, layer_of, run_replicas
 ):
     layer = layer_of(momentum=1.0, fused=fused)
     batch = torch.randn(16, 4, 28, 28, device="cuda", dtype=torch.float64) * std + mean
     batch = batch.float().contiguous(memory_format=memory_format)
-    twin = stock_twin(layer, 4)
-    with torch.backends.cudnn.flags(enabled=False):
-        twin(batch)
     run_replicas(layer, batch.split([5, 11]))
     expected = batch.double().var((0, 2, 3))
-    errors = [((each.running_var.double() - expected) / expected).abs().max() for each in (layer, twin)]
-    # torch's kernel adds up in float32, around a mean that is rounded to it.
-    assert errors[0] <= max(2e-4, 4 * errors[1]), errors
+    # torch's kernel adds up around a mean that is rounded to float32.
+    rounding = 2 * abs(mean) * 2.0**-24 / std if fused else 0.0
+    torch.testing.assert_close(layer.running_var.double(), expected, rtol=1e-4 + rounding, atol=0)
 
 
 @FUSED
@@ -146,6 +145,7 @@ def test_a_step_of_replicas_takes_few_launches(replicas, dtype, layer_of, replic
     assert len(backward) <= 5 * replicas + 3, backward
 
 
+@pytest.mark.skipif("TORCH_CUDA_SANITIZER" in os.environ, reason="takes a capture for an execution")
 @FUSED
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_cuda_graph_of_a_step_gives_the_same_as_a_step(memory_format, fused, layer_of, stock_twin):

@@ -53,10 +53,14 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
     return not places_are_checked()  # by collectives besides
 
 
-# torch.export traces the forward of an autograd.Function, and derives a backward of its own.
-_is_exporting: Callable[[], bool] = getattr(
-    torch.compiler, "is_exporting", lambda: not torch.compiler.is_dynamo_compiling()
-)
+def _is_exporting() -> bool:
+    """Whether this is ``torch.export``, which traces the forward of a node and derives a backward of its own.
+
+    Before torch 2.13, ``torch.compiler.is_exporting`` is True in ``torch.compile`` as well. The flag behind
+    it is private, and exists from torch 2.7 on.
+    """
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return not torch.compiler.is_dynamo_compiling() if flag is None else flag
 
 
 # A compiler calls these once. torch.compiler.assume_constant_result sets the same, but loads the compiler.

@@ -140,7 +140,9 @@ class _Normalize(Function):
         rounded, scale, shift = _once(rounded, scale.to(dtype), shift.to(dtype))
         ctx.save_for_backward(x, weight, mean, rounded, invstd, varies, total)
         y = (x.to(dtype) - unsqueeze_channels(rounded, x)) * unsqueeze_channels(scale, x)
-        return (y + unsqueeze_channels(shift, x)).to(x.dtype)
+        y = y + unsqueeze_channels(shift, x)
+        # Not y.to(y.dtype), which is y: the compiler of torch 2.11 returns both, and all gradients become 0.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
