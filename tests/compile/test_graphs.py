@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from syncbn_convert import convert_model
-from syncbn_core import SynchronizedBatchNorm2d
+from syncbn_core import SynchronizedBatchNorm2d, _compiled
 from syncbn_core._processes import collectives
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -67,6 +67,25 @@ def test_there_is_one_collective_each_way_per_layer(workers):
     for found in workers(2).run(count_collectives, False):
         each_way = {"all_gather_into_tensor": 2, "wait_tensor": 2}
         assert found == {"forward": each_way, "backward": each_way}
+
+
+def train_on_an_older_torch(world):
+    with mock.patch.object(_compiled, "_TRACES_COLLECTIVES", False):
+        model, twin = convert_model(net().double()), net().double()
+        twin.load_state_dict(model.state_dict())
+        whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
+        compiled = torch.compile(model, backend="aot_eager")
+        world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+        try:
+            torch.compile(model, backend="aot_eager", fullgraph=True)(world.share(whole, [4, 3]))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            return str(error)
+        return "no error"
+
+
+def test_on_an_older_torch_the_graph_breaks_at_a_layer(workers):
+    for error in workers(2).run(train_on_an_older_torch):
+        assert _compiled.REASON in error
 
 
 def count_more(world):

@@ -35,7 +35,12 @@ from syncbn_core._autograd.compiled_node import count_of, over_processes
 from syncbn_core._kernels.plain import normalize
 from syncbn_core._kernels.statistics import check_total, compute_dtype, local_statistics
 from syncbn_core._options import clamps
-from syncbn_core._processes.collectives import note_compiled, places_are_checked, tag_of_layer
+from syncbn_core._processes.collectives import (
+    are_several,
+    note_compiled,
+    places_are_checked,
+    tag_of_layer,
+)
 from syncbn_core._processes.graph_collectives import group_of
 
 if TYPE_CHECKING:
@@ -50,7 +55,14 @@ def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
         return False  # no graph holds what other threads do
     if not (layer._has_own("_data_parallel_master") and layer._has_own("_compute_mean_std")):
         return False
+    if not (_TRACES_COLLECTIVES or _is_exporting()) and are_several(layer.process_group, layer._where()):
+        return False
     return not places_are_checked()  # by collectives besides
+
+
+# Older versions have not been tested. There the graph breaks: a compiler that makes wrong gradients, as that
+# of torch 2.11 did at first, does so in silence.
+_TRACES_COLLECTIVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 def _is_exporting() -> bool:
