@@ -235,7 +235,9 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, gloo on the loopback"
     if device == "cuda":
         gpus = f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
-        machine = f"{gpus}, torch {torch.__version__}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        shared = "shared, by sockets" if max(arguments.processes) > torch.cuda.device_count() else "one each"
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        machine = f"{gpus} ({shared}), torch {torch.__version__}, NCCL {nccl}"
     lines = [f"Medians in microseconds; {machine}; {date.today()}.", ""]
     for world_size, (layers, _) in results.items():
         lines += [f"## Processes: {world_size}", "", *layer_table(layers), ""]

@@ -70,6 +70,7 @@ def train_with_sums(world):
         train(world, False, [[3, 5]], 2, [0, 1])
 
 
+@pytest.mark.full
 def test_sums_of_many_processes_are_right(workers):
     """Inductor adds up in place: this process's own sums, for weight and bias, must not be in that memory."""
     workers(2).run(train_with_sums)
