@@ -46,7 +46,7 @@ for node in 0 1; do
     OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=veth0 timeout "$seconds" ip netns exec "${hosts[$node]}" \
         "$python" -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank "$node" \
         --master-addr "${addresses[0]}" --master-port 29400 \
-        examples/digits_ddp.py --epochs 1 &
+        tests/without_shutdown.py examples/digits_ddp.py --epochs 1 &
     runs[node]=$!
 done
 for node in 0 1; do
