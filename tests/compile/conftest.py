@@ -19,13 +19,13 @@ def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def workers(tmp_path_factory: pytest.TempPathFactory, compiler_cache: Path) -> Iterator[Callable[[int], Any]]:
+def workers(compiler_cache: Path) -> Iterator[Callable[[int], Any]]:
     """Return the shared workers of a world size; new ones if a test has ended them."""
     known: dict[int, Any] = {}
 
     def of_size(world_size: int) -> Any:
         if world_size not in known or known[world_size].ended:
-            known[world_size] = Workers(world_size, tmp_path_factory.mktemp("workers"), compiler_cache)
+            known[world_size] = Workers(world_size, compiler_cache)
         return known[world_size]
 
     yield of_size
@@ -34,12 +34,12 @@ def workers(tmp_path_factory: pytest.TempPathFactory, compiler_cache: Path) -> I
 
 
 @pytest.fixture
-def new_workers(tmp_path: Path, compiler_cache: Path) -> Iterator[Callable[..., Any]]:
+def new_workers(compiler_cache: Path) -> Iterator[Callable[..., Any]]:
     """Return workers for one test only."""
     started: list[Any] = []
 
     def start(world_size: int, group_seconds: float) -> Any:
-        started.append(Workers(world_size, tmp_path, compiler_cache, group_seconds))
+        started.append(Workers(world_size, compiler_cache, group_seconds))
         return started[-1]
 
     yield start

@@ -77,7 +77,7 @@ def train(world, dynamic, compiling, mode=None):
         torch.manual_seed(seed)
         whole = torch.randn(sum(sizes), 3, 6, 6, dtype=torch.float64).cuda()
         torch.compiler.cudagraph_mark_step_begin()
-        world.assert_equals_whole_batch(called, model, twin, whole, sizes, **EXACT)
+        world.assert_compiled_equals_whole_batch(called, model, twin, whole, sizes, **EXACT)
 
 
 @pytest.mark.parametrize("compiling", [[0, 1], [1]], ids=["all", "one of two"])

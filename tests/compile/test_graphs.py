@@ -75,7 +75,7 @@ def train_on_an_older_torch(world):
         twin.load_state_dict(model.state_dict())
         whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
         compiled = torch.compile(model, backend="aot_eager")
-        world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
         try:
             torch.compile(model, backend="aot_eager", fullgraph=True)(world.share(whole, [4, 3]))
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -95,7 +95,7 @@ def count_more(world):
         found = {"forward": Counter(), "backward": Counter()}
         compiled = torch.compile(model, backend=counting_backend(found), fullgraph=True)
         whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-        world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
     return found["backward"]
 
 
@@ -115,7 +115,7 @@ def train_checkpointed(world):
     for step in range(3):
         torch.manual_seed(step)
         whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-        world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
 
 
 def test_a_checkpoint_inside_the_graph_updates_the_running_statistics_once(workers):
@@ -192,7 +192,7 @@ def train_checked(world):
         compiled = torch.compile(model, backend="eager")
         for _ in range(2):
             whole = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-            world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+            world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
         torch.compiler.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match="SYNCBN_CHECK is set"):
             torch.compile(model, backend="eager", fullgraph=True)(whole)

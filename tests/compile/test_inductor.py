@@ -47,7 +47,7 @@ def train(world, dynamic, all_sizes, repetitions, compiling):
         for sizes in all_sizes:
             torch.manual_seed(repetition)
             whole = torch.randn(sum(sizes), 3, 3, 3, dtype=torch.float64)
-            world.assert_equals_whole_batch(called, model, twin, whole, sizes, **EXACT)
+            world.assert_compiled_equals_whole_batch(called, model, twin, whole, sizes, **EXACT)
 
 
 @pytest.mark.parametrize("repetitions", [FEW, pytest.param(MANY, marks=pytest.mark.full)])
@@ -83,7 +83,7 @@ def train_with_empty_shards(world):
     compiled = torch.compile(model, fullgraph=True)
     for sizes in ([0, 4], [4, 0]):
         whole = torch.randn(sum(sizes), 4, 3, 3, dtype=torch.float64)
-        world.assert_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
 
 
 @pytest.mark.full
@@ -118,7 +118,7 @@ def train_every_option(world):
     for seed, sizes in enumerate([[4, 3], [6, 2], [5, 5]]):
         torch.manual_seed(seed)
         whole = torch.randn(sum(sizes), 3, 2, 2, dtype=torch.float64)
-        world.assert_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
 
 
 @pytest.mark.full

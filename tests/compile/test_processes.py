@@ -35,7 +35,7 @@ def train(world, backend, dynamic, all_sizes):
     for step, sizes in enumerate(all_sizes):
         torch.manual_seed(step)
         whole = torch.randn(sum(sizes), 3, 6, 6, dtype=torch.float64)
-        world.assert_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, sizes, **EXACT)
 
 
 TWO = [[6, 6], [1, 5], [0, 4], [4, 3], [2, 0]]
@@ -100,7 +100,7 @@ def train_layer(world, name):
     for step in range(2):
         torch.manual_seed(step)
         whole = torch.randn(7, 3, 2, 2, dtype=options.get("dtype", torch.float64)).double()
-        world.assert_equals_whole_batch(
+        world.assert_compiled_equals_whole_batch(
             compiled, model, twin, whole, [4, 3], dtype=options.get("dtype"), rtol=tolerance, atol=tolerance
         )
 
@@ -139,7 +139,7 @@ def train_far_from_zero(world):
     twin = nn.BatchNorm2d(3).double()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     whole = (torch.randn(8, 3, 4, 4) + 1e4).double()
-    world.assert_equals_whole_batch(
+    world.assert_compiled_equals_whole_batch(
         compiled, model, twin, whole, [5, 3], dtype=torch.float32, rtol=1e-4, atol=1e-4
     )
 
@@ -244,7 +244,7 @@ def become_a_process_group(world):
     finally:
         dist.group.WORLD = group
     whole = torch.randn(7, 3, 6, 6, dtype=torch.float64)
-    world.assert_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
+    world.assert_compiled_equals_whole_batch(compiled, model, twin, whole, [4, 3], **EXACT)
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 5), reason="what is compiled again there loses its gradients")

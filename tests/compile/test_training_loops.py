@@ -57,7 +57,9 @@ def train_with_ddp(world, how):
     with mock.patch.object(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", first):
         called, graphs = wrapped(model, how)
         for step in range(3):
-            world.assert_equals_whole_batch(called, model, twin, batch(step), SIZES, averaged=True, **EXACT)
+            world.assert_compiled_equals_whole_batch(
+                called, model, twin, batch(step), SIZES, averaged=True, **EXACT
+            )
     return len(graphs)
 
 
@@ -115,7 +117,7 @@ def go_through_phases(world):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
 
     def train(seed):
-        world.assert_equals_whole_batch(compiled, model, twin, small_batch(seed), SIZES, **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, small_batch(seed), SIZES, **EXACT)
 
     for seed in range(2):
         train(seed)
@@ -176,11 +178,13 @@ def test_a_compiled_function_of_the_whole_step(workers):
 def copy_what_is_compiled(world):
     model, twin = convert_model(small_net()), small_net()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    world.assert_equals_whole_batch(compiled, model, twin, small_batch(0), SIZES, **EXACT)
+    world.assert_compiled_equals_whole_batch(compiled, model, twin, small_batch(0), SIZES, **EXACT)
     other, other_twin = copy.deepcopy(compiled), copy.deepcopy(twin)
     for seed in range(2):  # the original has moved on
-        world.assert_equals_whole_batch(compiled, model, twin, small_batch(seed), SIZES, **EXACT)
-    world.assert_equals_whole_batch(other, other._orig_mod, other_twin, small_batch(9), SIZES, **EXACT)
+        world.assert_compiled_equals_whole_batch(compiled, model, twin, small_batch(seed), SIZES, **EXACT)
+    world.assert_compiled_equals_whole_batch(
+        other, other._orig_mod, other_twin, small_batch(9), SIZES, **EXACT
+    )
 
 
 def test_a_deep_copy_of_a_compiled_model_is_a_model_of_its_own(workers):
@@ -265,7 +269,7 @@ def train_many_blocks(world, limit):
     for block in model:
         block.compile(backend=backend)
     with torch._dynamo.config.patch(recompile_limit=limit):
-        world.assert_equals_whole_batch(model, model, twin, small_batch(0), SIZES, **EXACT)
+        world.assert_compiled_equals_whole_batch(model, model, twin, small_batch(0), SIZES, **EXACT)
     return len(graphs)
 
 

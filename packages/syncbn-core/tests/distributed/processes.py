@@ -4,7 +4,8 @@ A test calls a function of its own file in every process at once. The processes 
 session, since each takes seconds to import torch. If a call fails, they are ended, and the next test gets new
 ones. Every wait has a limit.
 
-The file has both sides: the tests load it for `Processes`, and each worker runs it as a program.
+The file has both sides: the tests load it for `Processes`, and each worker runs it as a program. Other tests
+build on it: they load it too, and give `Processes` a program of their own, which calls `work`.
 """
 
 import faulthandler
@@ -43,11 +44,19 @@ class Processes:
         world_size: how many.
         group_seconds: the timeout of their collectives.
         environment: further environment variables for them.
+        call_seconds: how long a call may take.
+        program: what each of them runs.
     """
 
     def __init__(
-        self, world_size: int, group_seconds: float = GROUP_SECONDS, environment: dict[str, str] | None = None
+        self,
+        world_size: int,
+        group_seconds: float = GROUP_SECONDS,
+        environment: dict[str, str] | None = None,
+        call_seconds: float = CALL_SECONDS,
+        program: str = __file__,
     ) -> None:
+        self._call_seconds = call_seconds
         self._folder = tempfile.TemporaryDirectory()
         self._workers: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
@@ -58,7 +67,7 @@ class Processes:
             ours, theirs = Pipe()
             place = [str(theirs.fileno()), str(rank), str(world_size), str(group_seconds), self._folder.name]
             worker = subprocess.Popen(
-                [sys.executable, __file__, *place],
+                [sys.executable, program, *place],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **settings, **(environment or {})},
             )
@@ -79,7 +88,7 @@ class Processes:
 
     def _outcome(self, pipe: Connection) -> Any:
         try:
-            return pickle.loads(pipe.recv_bytes()) if pipe.poll(CALL_SECONDS) else None
+            return pickle.loads(pipe.recv_bytes()) if pipe.poll(self._call_seconds) else None
         except (EOFError, ConnectionError):
             return None
 
@@ -105,7 +114,7 @@ class Processes:
         """End the processes, whatever they do."""
         for worker in self._workers:
             worker.kill()
-            worker.wait(CALL_SECONDS)
+            worker.wait(self._call_seconds)
         for pipe in self._pipes:
             pipe.close()
         self._pipes = []
@@ -211,8 +220,8 @@ def nodes_behind(root: Tensor) -> list[Node]:
     return list(seen)
 
 
-def serve(pipe: Connection, world: World) -> None:
-    """Run functions as they are requested, until the requests end."""
+def serve(pipe: Connection, world: World, prepare: Callable[[], None]) -> None:
+    """Run functions as they are requested, each after `prepare`, until the requests end."""
     modules: dict[str, Any] = {}
     while True:
         try:
@@ -222,6 +231,7 @@ def serve(pipe: Connection, world: World) -> None:
         try:
             path, name, arguments = pickle.loads(call)
             torch.manual_seed(0)
+            prepare()
             if path not in modules:
                 spec = importlib.util.spec_from_file_location(Path(path).stem, path)
                 modules[path] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
@@ -232,13 +242,16 @@ def serve(pipe: Connection, world: World) -> None:
         pipe.send_bytes(pickle.dumps(outcome))
 
 
-def main() -> None:
-    """Run a worker."""
+def work(world: type[World] = World, prepare: Callable[[], None] = lambda: None) -> None:
+    """Run a worker, whose place is in the arguments of the program.
+
+    Args:
+        world: the class of the functions' first argument.
+        prepare: called before each function.
+    """
     pipe, rank, world_size = (int(argument) for argument in sys.argv[1:4])
     seconds, folder = float(sys.argv[4]), Path(sys.argv[5])
     faulthandler.enable()
-    warnings.simplefilter("error")
-    warnings.filterwarnings("default", category=FutureWarning, module=r"torch\.")  # torch 2.4, of itself
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -247,8 +260,10 @@ def main() -> None:
         world_size=world_size,
         timeout=timedelta(seconds=seconds),
     )
-    serve(Connection(pipe), World(rank, world_size))
+    serve(Connection(pipe), world(rank, world_size), prepare)
 
 
 if __name__ == "__main__":
-    main()
+    warnings.simplefilter("error")
+    warnings.filterwarnings("default", category=FutureWarning, module=r"torch\.")  # torch 2.4, of itself
+    work()
