@@ -63,10 +63,15 @@ def count_collectives(world, checkpointed):
     return found
 
 
+# Before torch 2.13, the backward on the CPU repeats the forward's collectives, as their results are asserted.
+COPIES = 1 if torch.__version__ >= (2, 13) else 2
+
+
 def test_there_is_one_collective_each_way_per_layer(workers):
     for found in workers(2).run(count_collectives, False):
-        each_way = {"all_gather_into_tensor": 2, "wait_tensor": 2}
-        assert found == {"forward": each_way, "backward": each_way}
+        forward = {"all_gather_into_tensor": 2, "wait_tensor": 2}
+        backward = {name: COPIES * count for name, count in forward.items()}
+        assert found == {"forward": forward, "backward": backward}
 
 
 def train_on_an_older_torch(world):
@@ -101,7 +106,7 @@ def count_more(world):
 
 def test_beyond_eight_processes_the_backward_reduces(workers):
     for found in workers(2).run(count_more):
-        assert found == {"all_reduce": 2, "wait_tensor": 2}
+        assert found == {"all_reduce": 2 * COPIES, "wait_tensor": 2 * COPIES}
 
 
 def train_checkpointed(world):
