@@ -38,8 +38,6 @@ from torch import Tensor, nn
 
 from syncbn_core import SynchronizedBatchNorm2d
 
-_device = "cpu"  # of this process
-
 SHAPES = [(16, 64, 56, 56), (8, 256, 28, 28), (4, 512, 7, 7), (2, 64, 8, 8)]  # of one process
 CHANNELS = [64, 256, 512]
 RESULTS = Path(__file__).parent / "results"
@@ -78,10 +76,10 @@ class PlainOps(nn.BatchNorm2d):
         return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
-def step_of(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
+def step_of(layer: nn.Module, shape: tuple[int, ...], device: str) -> Callable[[], None]:
     """One forward and backward of a layer."""
-    layer = layer.to(_device)
-    x, dy = torch.randn(shape, device=_device, requires_grad=True), torch.randn(shape, device=_device)
+    layer = layer.to(device)
+    x, dy = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
 
     def step() -> None:
         x.grad = None
@@ -91,9 +89,9 @@ def step_of(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
     return step
 
 
-def gathering(numbers: int) -> Callable[[], None]:
+def gathering(numbers: int, device: str) -> Callable[[], None]:
     """One all_gather and a local sum."""
-    mine = torch.randn(numbers, dtype=torch.float64, device=_device)
+    mine = torch.randn(numbers, dtype=torch.float64, device=device)
     everybody = mine.new_empty(dist.get_world_size(), numbers)
 
     def gather() -> None:
@@ -103,27 +101,27 @@ def gathering(numbers: int) -> Callable[[], None]:
     return gather
 
 
-def reducing(numbers: int) -> Callable[[], None]:
+def reducing(numbers: int, device: str) -> Callable[[], None]:
     """One all_reduce."""
-    mine = torch.randn(numbers, dtype=torch.float64, device=_device)
+    mine = torch.randn(numbers, dtype=torch.float64, device=device)
     return lambda: dist.all_reduce(mine.clone())
 
 
-def measure(variants: dict[str, Callable[[], None]], seconds: float) -> Times:
+def measure(variants: dict[str, Callable[[], None]], seconds: float, device: str) -> Times:
     """Run the variants in turns for about so long; the medians."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for variant in variants.values():
         for _ in range(3):
             variant()
     started = time.perf_counter()
-    go_on = torch.ones(1, device=_device)
+    go_on = torch.ones(1, device=device)
     while go_on.item():
         for name, variant in variants.items():
             dist.barrier()
-            wait_for(_device)
+            wait_for(device)
             before = time.perf_counter()
             variant()
-            wait_for(_device)
+            wait_for(device)
             times[name].append(time.perf_counter() - before)
         go_on.fill_(float(time.perf_counter() - started < seconds or len(times[name]) < 10))
         dist.broadcast(go_on, 0)
@@ -132,8 +130,6 @@ def measure(variants: dict[str, Callable[[], None]], seconds: float) -> Times:
 
 def take_gpu(rank: int, world_size: int) -> None:
     """Give this process a GPU, and a host's name of its own where it shares the GPU, as NCCL requires."""
-    global _device
-    _device = "cuda"
     count = torch.cuda.device_count()
     torch.cuda.set_device(rank % count)
     if world_size > count:
@@ -151,19 +147,19 @@ def measure_all(rank: int, world_size: int, seconds: float, folder: str, device:
     layers: dict[tuple[int, ...], Times] = {}
     for shape in SHAPES:
         channels = shape[1]
-        gather, reduce = gathering(2 * channels + 1), reducing(2 * channels)
+        gather, reduce = gathering(2 * channels + 1, device), reducing(2 * channels, device)
         variants = {
-            "unsynchronized": step_of(nn.BatchNorm2d(channels), shape),
-            "ours": step_of(SynchronizedBatchNorm2d(channels), shape),
-            **({} if device == "cpu" else {"torch's": step_of(nn.SyncBatchNorm(channels), shape)}),
-            "plain ops": step_of(PlainOps(channels), shape),
+            "unsynchronized": step_of(nn.BatchNorm2d(channels), shape, device),
+            "ours": step_of(SynchronizedBatchNorm2d(channels), shape, device),
+            **({} if device == "cpu" else {"torch's": step_of(nn.SyncBatchNorm(channels), shape, device)}),
+            "plain ops": step_of(PlainOps(channels), shape, device),
             "floor": lambda gather=gather, reduce=reduce: (gather(), reduce()),
         }
-        layers[shape] = measure(variants, seconds)
-    sums = {
-        channels: measure({"gather": gathering(2 * channels), "reduce": reducing(2 * channels)}, seconds)
-        for channels in CHANNELS
-    }
+        layers[shape] = measure(variants, seconds, device)
+    sums: dict[int, Times] = {}
+    for channels in CHANNELS:
+        gather, reduce = gathering(2 * channels, device), reducing(2 * channels, device)
+        sums[channels] = measure({"gather": gather, "reduce": reduce}, seconds, device)
     if rank == 0:
         torch.save((layers, sums), f"{folder}/results")
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gpus import recorded
 from syncbn_convert import convert_model
 from syncbn_parallel import DataParallelWithCallback
 
@@ -64,17 +65,13 @@ def test_a_cuda_graph_of_replicas_gives_the_same_as_a_step():
     replicas = DataParallelWithCallback(convert_model(copy.deepcopy(whole)), [0, 0])
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64, device="cuda")
     dy = torch.randn(6, 4, 4, 4, dtype=torch.float64, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as torch requires before a capture
-        for _ in range(3):
-            replicas(x).backward(dy)
-    torch.cuda.current_stream().wait_stream(stream)
-    replicas.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step():
         y = replicas(x)
         y.backward(dy)
+        return y
+
+    graph, y = recorded(step, replicas.parameters())
     replicas.module.load_state_dict(whole.state_dict())
     for _ in range(3):
         x.copy_(torch.randn_like(x))

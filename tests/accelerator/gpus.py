@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -37,6 +37,27 @@ def no_wait() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def recorded(step: Callable[[], Any], leaves: Iterable[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Record a step as a CUDA graph; return the graph, and what the step returned.
+
+    Args:
+        step: a forward and a backward. It is called on another stream first, as torch requires.
+        leaves: the tensors that get gradients; those of the first calls are dropped.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for leaf in leaves:
+        leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 def group_of_gpus(rank: int, world_size: int, backend: str = "nccl") -> Any:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from gpus import launches, no_wait
+from gpus import launches, no_wait, recorded
 from syncbn_core import (
     SynchronizedBatchNorm,
     SynchronizedBatchNorm1d,
@@ -153,18 +153,13 @@ def test_a_cuda_graph_of_a_step_gives_the_same_as_a_step(memory_format, fused, l
     twin = stock_twin(layer, 4)
     (x, dy) = chunks_of([5, 5], (3, 5), memory_format, torch.float64)
     x.requires_grad_()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as torch requires before a capture
-        for _ in range(3):
-            layer(x).backward(dy)
-    torch.cuda.current_stream().wait_stream(stream)
-    layer.zero_grad()
-    x.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step():
         y = layer(x)
         y.backward(dy)
+        return y
+
+    graph, y = recorded(step, [x, *layer.parameters()])
     layer.load_state_dict(twin.state_dict())
     for seed in range(3):
         torch.manual_seed(seed)

@@ -47,19 +47,6 @@ if TYPE_CHECKING:
     from syncbn_core._base import _SynchronizedBatchNorm
 
 
-def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
-    """Whether `forward` does what this layer has to do."""
-    if not layer.training and layer.running_mean is not None:
-        return True
-    if layer._place is not None and (layer._place.nested or layer._place.group is not None):
-        return False  # no graph holds what other threads do
-    if not (layer._has_own("_data_parallel_master") and layer._has_own("_compute_mean_std")):
-        return False
-    if not (_TRACES_COLLECTIVES or _is_exporting()) and are_several(layer.process_group, layer._where()):
-        return False
-    return not places_are_checked()  # by collectives besides
-
-
 # Older versions have not been tested. There the graph breaks: a compiler that makes wrong gradients, as that
 # of torch 2.11 did at first, does so in silence.
 _TRACES_COLLECTIVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
@@ -73,6 +60,19 @@ def _is_exporting() -> bool:
     """
     flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     return not torch.compiler.is_dynamo_compiling() if flag is None else flag
+
+
+def is_traceable(layer: _SynchronizedBatchNorm) -> bool:
+    """Whether `forward` does what this layer has to do."""
+    if not layer.training and layer.running_mean is not None:
+        return True
+    if layer._place is not None and (layer._place.nested or layer._place.group is not None):
+        return False  # no graph holds what other threads do
+    if not (layer._has_own("_data_parallel_master") and layer._has_own("_compute_mean_std")):
+        return False
+    if not (_TRACES_COLLECTIVES or _is_exporting()) and are_several(layer.process_group, layer._where()):
+        return False
+    return not places_are_checked()  # by collectives besides
 
 
 # A compiler calls these once. torch.compiler.assume_constant_result sets the same, but loads the compiler.

@@ -121,8 +121,32 @@ class Processes:
         self._folder.cleanup()
 
 
+class Branches(nn.Module):
+    """Three parallel branches of different widths behind one layer, joined by a sum; in float64.
+
+    Args:
+        norm: makes a batch norm of so many channels.
+        device: of its parameters.
+    """
+
+    def __init__(self, norm: Callable[[int], nn.Module], device: str) -> None:
+        super().__init__()
+        self.stem = norm(4)
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, width, 1), norm(width), nn.Tanh(), nn.Conv2d(width, 4, 1))
+            for width in (2, 3, 5)
+        )
+        self.to(device, torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        return sum((branch(stem) for branch in self.branches), stem)
+
+
 class World:
     """The first argument of a function that runs in a worker."""
+
+    Branches = Branches
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank

@@ -93,29 +93,12 @@ def launches(world: Any, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, 
     return dict(forward), dict(backward), len(own)
 
 
-class Branches(nn.Module):
-    """Three parallel branches of different widths behind one layer, joined by a sum."""
-
-    def __init__(self, norm: Callable[[int], nn.Module], device: str) -> None:
-        super().__init__()
-        self.stem = norm(4)
-        self.branches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(4, width, 1), norm(width), nn.Tanh(), nn.Conv2d(width, 4, 1))
-            for width in (2, 3, 5)
-        )
-        self.to(device, torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        stem = self.stem(x)
-        return sum((branch(stem) for branch in self.branches), stem)
-
-
 def shuffled_backwards(world: Any, devices_each: int, repetitions: int) -> None:
     devices = devices_of(world.rank, devices_each)
     group = group_of_devices()
     torch.manual_seed(0)
-    model = Branches(lambda width: SynchronizedBatchNorm2d(width, process_group=group), devices[0])
-    twin = Branches(nn.BatchNorm2d, "cpu")
+    model = world.Branches(lambda width: SynchronizedBatchNorm2d(width, process_group=group), devices[0])
+    twin = world.Branches(nn.BatchNorm2d, "cpu")
     twin.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     for repetition in range(repetitions):
         torch.manual_seed(repetition)

@@ -77,27 +77,10 @@ def launches_of_a_step(world, dtype):
     return of_forward, of_backward
 
 
-class Branches(nn.Module):
-    """Three parallel branches of different widths behind one layer, joined by a sum."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.stem = norm(4)
-        self.branches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(4, width, 1), norm(width), nn.Tanh(), nn.Conv2d(width, 4, 1))
-            for width in (2, 3, 5)
-        )
-        self.to("cuda", torch.float64)
-
-    def forward(self, x):
-        stem = self.stem(x)
-        return sum((branch(stem) for branch in self.branches), stem)
-
-
 def branches(world):
     group = group_of(world)
-    twin = Branches(nn.BatchNorm2d)
-    model = Branches(lambda width: SynchronizedBatchNorm2d(width, process_group=group))
+    twin = world.Branches(nn.BatchNorm2d, "cuda")
+    model = world.Branches(lambda width: SynchronizedBatchNorm2d(width, process_group=group), "cuda")
     model.load_state_dict(twin.state_dict())
     return model, twin
 

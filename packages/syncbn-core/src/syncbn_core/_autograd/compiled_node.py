@@ -153,9 +153,9 @@ class _Normalize(Function):
         xmu = x.to(dtype) - unsqueeze_channels(rounded, x)
         sum_dy = sum_over_batch(dy_).to(mean.dtype)
         sum_dy_xmu = sum_over_batch(dy_ * xmu).to(mean.dtype) + rounding * sum_dy
-        (total_dy, total_dy_xmu), (sum_dy, sum_dy_xmu) = collectives.sum_gradients(
-            sum_dy, sum_dy_xmu, ctx.group, ctx.name
-        )
+        sums, own_sums = collectives.sum_gradients(sum_dy, sum_dy_xmu, ctx.group, ctx.name)
+        total_dy, total_dy_xmu = sums.unbind()
+        sum_dy, sum_dy_xmu = own_sums.unbind()
         if varies is not None:
             total_dy_xmu = total_dy_xmu * varies
         total_dy = total_dy + total_dy_xmu * invstd * invstd * rounding

@@ -131,18 +131,14 @@ def merge(
     return merge_stacked(rows[:, :c], (rows[:, c : 2 * c].pow(-2) - eps) * counts, counts)
 
 
-def sum_gradients(
-    sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group, name: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return both sums of all processes by one collective, and those of this process; ``(C,)`` each."""
+def sum_gradients(sum_dy: Tensor, sum_dy_xmu: Tensor, group: Group, name: str) -> tuple[Tensor, Tensor]:
+    """Return the sums of all processes, by one collective, and those of this process; ``(2, C)`` each."""
     own, place = torch.cat([sum_dy, sum_dy_xmu]), ("backward", name)
     if own.is_cpu and group.world_size < collectives.MANY:
         total = all_gather(own, group, place).sum(0)
     else:
         total, own = all_reduce(own, group, place)
-    total_dy, total_dy_xmu = total.view(2, -1).unbind()
-    own_dy, own_dy_xmu = own.view(2, -1).unbind()
-    return (total_dy, total_dy_xmu), (own_dy, own_dy_xmu)
+    return total.view(2, -1), own.view(2, -1)
 
 
 def _expect_one_place(condition: Tensor, place: Place) -> None:
